@@ -1,0 +1,395 @@
+"""The `sloth` command: train, generate, chat, export, info, doctor.
+
+Flags of `train` are the fields of TrainConfig; `--config FILE.yaml` gives others, and flags win
+over the file. torch is imported only where a model is needed, so help is quick. Errors meant for
+users print one line and exit with 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from pydantic import Field, ValidationError
+
+from sloth import __version__
+from sloth.errors import SlothError
+from sloth.lora_config import LoraConfig
+from sloth.train.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from sloth.model import Model
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+GIB = 2**30
+
+Quant = Literal["nf4"] | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load the model."""
+
+    adapter: Path | None = None
+    """PEFT adapter folder to put on the model."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    dtype: str = "auto"
+    """bfloat16, float16, float32, or auto."""
+    level: Literal["auto", "reference", "ops", "fused"] = "auto"
+    """Kernel level."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    def load(self, name: str, quant: str | None) -> Model:
+        """The model, ready."""
+        import sloth
+
+        return sloth.load(
+            name,
+            quant=quant,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            level=self.level,
+            revision=self.revision,
+        )
+
+
+Loaded = Annotated[Loading, tyro.conf.arg(name="")]
+ModelName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="Alias, hub repository id, folder, or .gguf file."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand:
+    """A command about one model."""
+
+    model: ModelName
+    quant: Quant = None
+    """Load in 4 bits."""
+    loading: Loaded = field(default_factory=Loading)
+
+    def load(self) -> Model:
+        """The model, ready."""
+        return self.loading.load(self.model, self.quant)
+
+
+class Settings(TrainConfig):
+    """Flags of the same names as TrainConfig's fields and keys of its YAML; any --lora.* flag
+    attaches an adapter.
+    """
+
+    # An optional block would become a subcommand, so here it is always there.
+    lora: LoraConfig = Field(default=LoraConfig())
+    eval_data: Path | None = Field(
+        default=None, description=TrainConfig.model_fields["eval_data"].description
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune MODEL on DATA (JSONL of messages, prompt and completion, or text)."""
+
+    model: ModelName
+    data: tyro.conf.Positional[Path]
+    """JSONL file."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """YAML file of settings; flags win over it."""
+    loading: Loaded = field(default_factory=Loading)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Fine-tune a model."""
+    arguments = _spell_out_resume(arguments)
+    from_file = load_config(_config_path(arguments))
+    wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
+    values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
+    shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
+    default: Any = Train(tyro.MISSING, tyro.MISSING, shown)
+    parsed = _parse(Train, "train", arguments, default)
+    flags = {name: getattr(parsed.settings, name) for name in TrainConfig.model_fields}
+    config = TrainConfig(**{**flags, "lora": parsed.settings.lora if wants_lora else None})
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = parsed.loading.load(parsed.model, config.quant)
+    report = model.train(parsed.data, config)
+    last = report.losses[-1] if report.losses else float("nan")
+    print(
+        f"{len(report.losses)} steps, {report.tokens} tokens, {report.seconds:.0f} s, "
+        f"loss {last:.4f}"
+    )
+    for name, path in report.paths.items():
+        print(f"{name:>12}  {path}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelCommand):
+    """Continue PROMPT and print the new text."""
+
+    prompt: tyro.conf.Positional[str]
+    """Raw text, or with --chat a user's message."""
+    chat: bool = False
+    """Put the prompt in the model's chat template."""
+    max_new_tokens: int = 256
+    """Tokens at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Continue a prompt."""
+    parsed = _parse(Generate, "generate", arguments)
+    model = parsed.load()
+    prompt = [{"role": "user", "content": parsed.prompt}] if parsed.chat else parsed.prompt
+    _stream(model, prompt, parsed.max_new_tokens, parsed.temperature, parsed.stop)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(ModelCommand):
+    """Talk with MODEL; /reset forgets the conversation, /quit leaves."""
+
+    system: str | None = None
+    """System message."""
+    max_new_tokens: int = 1024
+    """Tokens of an answer at most."""
+    temperature: float = 0.7
+    """0 takes the likeliest token."""
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Talk with a model."""
+    parsed = _parse(Chat, "chat", arguments)
+    model = parsed.load()
+    opening = [{"role": "system", "content": parsed.system}] if parsed.system else []
+    messages = list(opening)
+    print(f"{model.name}. /reset forgets the conversation, /quit leaves.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if line == "/quit":
+            return 0
+        if line == "/reset":
+            messages = list(opening)
+            print("(forgotten)")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _stream(model, messages, parsed.max_new_tokens, parsed.temperature, ())
+            messages.append({"role": "assistant", "content": answer})
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write MODEL with its adapter merged, or its base, as a Hugging Face folder."""
+
+    model: ModelName
+    merged: Path | None = None
+    """Folder for the model with --adapter merged into it."""
+    base: Path | None = None
+    """Folder for the model without an adapter."""
+    quant: Quant = None
+    """Write --base in bitsandbytes 4-bit."""
+    loading: Loaded = field(default_factory=Loading)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a merged model or a base."""
+    parsed = _parse(Export, "export", arguments)
+    if parsed.merged is None and parsed.base is None:
+        raise ValueError("nothing to export: give --merged DIR (with --adapter) or --base DIR")
+    if parsed.merged is not None and parsed.loading.adapter is None:
+        raise ValueError("--merged needs --adapter DIR, the adapter to merge")
+    if parsed.quant is not None and parsed.base is None:
+        raise ValueError("--quant says how --base is written; give --base DIR")
+    model = parsed.loading.load(parsed.model, None)
+    if parsed.merged is not None:
+        print(f"merged  {model.save_merged(parsed.merged)}")
+    if parsed.base is not None:
+        print(f"base    {model.save_base(parsed.base, quant=parsed.quant)}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info(ModelCommand):
+    """Show MODEL's config, parameters, memory, and the kernel level chosen and why."""
+
+
+def info(arguments: Sequence[str]) -> int:
+    """What a model is."""
+    parsed = _parse(Info, "info", arguments)
+    model = parsed.load()
+    from sloth.lora import count_parameters
+
+    total, trainable = count_parameters(model.network)
+    held = (*model.network.parameters(), *model.network.buffers())
+    held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    kind = "NF4" if model.is_quantized else str(model.dtype).removeprefix("torch.")
+    rows = {
+        "model": model.name,
+        "revision": model.revision or "(local files)",
+        "parameters": f"{total:,}, of which trainable {trainable:,}",
+        "memory": f"{held_bytes / GIB:.3f} GiB of weights on {model.device}",
+        "stored as": kind,
+        "adapter": "yes" if model.has_adapter else "no",
+        "level": f"{model.level}: {model.level_reason}",
+        "config": "",
+    }
+    _print_rows(rows)
+    _print_rows({f"  {name}": value for name, value in model.config.to_hf().items()})
+    return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show what sloth finds on this machine: GPU, driver, torch, triton."""
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """What the machine has."""
+    _parse(Doctor, "doctor", arguments)
+    from sloth.machine import describe_machine
+
+    _print_rows(describe_machine())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "generate": generate,
+    "chat": chat,
+    "export": export,
+    "info": info,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code. 2 for errors a user can mend, 130 for an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(f"sloth {__version__}")
+        return 0
+    command = COMMANDS.get(arguments[0])
+    if command is None:
+        print(
+            f"error: unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return USAGE_ERROR
+    try:
+        return command(arguments[1:])
+    except ValidationError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return USAGE_ERROR
+    except (SlothError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as leaving:  # how tyro ends after help and usage errors
+        return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sloth COMMAND ...",
+            "",
+            "Fine-tune Llama, Mistral, Gemma and Qwen models.",
+            "",
+            *lines,
+            "",
+            "`sloth COMMAND --help` lists a command's flags; `sloth --version` the version.",
+        ]
+    )
+
+
+def _parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = None) -> Any:
+    given = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        prog=f"sloth {name}",
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+        **given,
+    )
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    """The value of --config, read before the flags so that the file can be their default."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+    return None
+
+
+def _spell_out_resume(arguments: Sequence[str]) -> list[str]:
+    """A bare --resume means True."""
+    spelled = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        spelled.append(argument)
+        if argument == "--resume" and following.startswith("-"):
+            spelled.append("True")
+    return spelled
+
+
+def _stream(
+    model: Model, prompt: Any, max_new_tokens: int, temperature: float, stop: Sequence[str]
+) -> str:
+    pieces = []
+    answer = model.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop=list(stop) or None,
+        stream=True,
+    )
+    for piece in answer:
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)
+
+
+def _print_rows(rows: dict[str, Any]) -> None:
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}".rstrip())
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f" (got {problem['input']!r})" if place else ""
+        parts.append(f"{place}: {message}{given}" if place else message)
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""Files out: the adapter, the merged model, the base. Each is read back and compared before it
+counts.
+
+A folder is written beside its final name, loaded with sloth's own loader, its logits on fixed probe
+tokens compared with the model in memory, and only then renamed, so a folder under the final name is
+whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sloth.assemble import assemble
+from sloth.dtypes import dtype_name, resolve_dtype
+from sloth.errors import AdapterMismatch, CheckpointMismatch, OutputExists
+from sloth.formats.adapter import read_adapter, save_adapter_files
+from sloth.formats.checkpoint import write_safetensors
+from sloth.kernels.ops.lora_linear import dense_weight
+from sloth.kernels.ops.nf4 import NF4Weight
+from sloth.linear import Projection
+from sloth.lora import (
+    adapter_disabled,
+    adapter_tensors,
+    load_adapter_tensors,
+    merged_weight,
+    peft_targets,
+    projections,
+)
+from sloth.quant.bnb import bnb_quantization_config, bnb_tensors
+from sloth.quant.nf4 import quantize_nf4
+
+if TYPE_CHECKING:
+    from sloth.model import Model
+
+PROBE_TOKENS = 16
+
+# Allowed RMS difference of the logits over their own RMS, by the narrowest dtype on the way. A
+# wrong or missing tensor gives about 1; one rounding of each weight gives about the dtype's
+# epsilon.
+_ALLOWED_ERROR = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.05,
+}
+# NF4 rounds weights by about 9% RMS, so this only tells a quantized model from a broken one.
+_ALLOWED_NF4_ERROR = 0.7
+
+
+def save_adapter(model: Model, folder: Path) -> Path:
+    """PEFT files: adapter_config.json and adapter_model.safetensors; the tokenizer beside them."""
+    if model.lora_config is None:
+        raise AdapterMismatch("the model has no adapter to save; call add_lora or train first")
+    config, network = model.lora_config, model.network
+    tensors = adapter_tensors(network, config)
+    with _published(folder) as partial:
+        save_adapter_files(
+            partial,
+            config,
+            {name: tensor.to("cpu") for name, tensor in tensors.items()},
+            base_name=model.name,
+            revision=model.revision,
+            target_suffixes=peft_targets(network),
+        )
+        if model.has_tokenizer:
+            model.tokenizer.save(partial)
+        files = read_adapter(partial)
+        for path, module in projections(network).items():
+            if module.has_lora and files.config.scale_of(path) != module.lora_scale:
+                raise AdapterMismatch(f"read back, the scale of {path} differs from the model's")
+        expected = probe_logits(model.network, model.device)
+        load_adapter_tensors(network, files.config, files.tensors)
+        if not torch.equal(probe_logits(model.network, model.device), expected):
+            raise AdapterMismatch("read back, the adapter gives other logits than the model")
+    return folder
+
+
+def save_merged(model: Model, folder: Path, dtype: str | torch.dtype | None = None) -> Path:
+    """Dense Hugging Face folder of W + s B A, formed in fp32 and cast once."""
+    target = model.dtype if dtype is None else resolve_dtype(dtype, model.device)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, module, parameter in _entries(model):
+            if isinstance(module, Projection) and name.endswith(".weight"):
+                parameter = merged_weight(module)
+            yield name, parameter.detach().to(target)
+
+    return _save_folder(model, folder, tensors(), target, tied=model.network.tied)
+
+
+def save_base(model: Model, folder: Path, quant: str | None = None) -> Path:
+    """The model without its adapter: dense in the compute dtype, or bitsandbytes NF4.
+
+    With quant="nf4" 4-bit projections keep their codes; a dense model's are quantized, head
+    excepted.
+    """
+    if quant not in (None, "nf4"):
+        raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
+
+    kept_dense: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, module, parameter in _entries(model):
+            if model.base_is_tied and name == "lm_head.weight":
+                continue  # untied only to train it; the base shares the embedding
+            value = model.originals.get(name, parameter).detach()
+            if not isinstance(module, Projection) or not name.endswith(".weight"):
+                yield name, value.to(model.dtype)
+            elif quant is None:
+                base = module.base if isinstance(module.base, NF4Weight) else value
+                yield name, dense_weight(base, model.dtype)
+            elif isinstance(module.base, NF4Weight):
+                yield from bnb_tensors(name, module.base).items()
+            elif name == "lm_head.weight" or model.is_quantized:
+                kept_dense.append(name.removesuffix(".weight"))
+                yield name, value.to(model.dtype)
+            else:
+                yield from bnb_tensors(name, quantize_nf4(value.to(model.dtype))).items()
+
+    with _as_base(model):
+        return _save_folder(
+            model, folder, tensors(), model.dtype, model.base_is_tied, quant, kept_dense
+        )
+
+
+def _entries(model: Model) -> Iterator[tuple[str, torch.nn.Module, Any]]:
+    """(name, owner, parameter) of every tensor of the base, in network order."""
+    for path, module in model.network.named_modules():
+        if path.endswith((".lora_A", ".lora_B")):
+            continue
+        if isinstance(module, Projection):
+            yield f"{path}.weight", module, module.weight
+            if module.bias is not None:
+                yield f"{path}.bias", module, module.bias
+        else:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield f"{path}.{leaf}", module, parameter
+
+
+def _save_folder(
+    model: Model,
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    tied: bool,
+    quant: str | None = None,
+    kept_dense: list[str] | None = None,
+) -> Path:
+    with _published(folder) as partial:
+        write_safetensors(partial, tensors)
+        config: dict[str, Any] = model.config.to_hf()
+        config |= {"dtype": dtype_name(dtype), "tie_word_embeddings": tied}
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key in model.hf_config:
+                config[key] = model.hf_config[key]
+        if quant is not None:
+            settings = bnb_quantization_config(dtype)
+            if kept_dense and kept_dense != ["lm_head"]:
+                settings["llm_int8_skip_modules"] = sorted({"lm_head", *kept_dense})
+            config["quantization_config"] = settings
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if model.has_tokenizer:
+            model.tokenizer.save(partial)
+        _verify(model, partial, dtype, is_requantized=quant is not None and not model.is_quantized)
+    return folder
+
+
+def _verify(model: Model, folder: Path, dtype: torch.dtype, is_requantized: bool) -> None:
+    """Load the folder and compare logits; raises CheckpointMismatch when they differ."""
+    expected = probe_logits(model.network, model.device)
+    device = _device_with_room(model)
+    again = assemble(folder, quant=None, device=device, dtype=model.dtype).network
+    got = probe_logits(again, device).to(expected.device)
+    error = float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    allowed = max(_ALLOWED_ERROR[dtype], _ALLOWED_ERROR[model.dtype])
+    if is_requantized:
+        allowed = _ALLOWED_NF4_ERROR
+    if not error <= allowed:
+        raise CheckpointMismatch(
+            f"read back, the saved model's logits differ from the model's by {error:.2g} of their "
+            f"size, more than {allowed:.2g}; nothing was kept under {folder.name}"
+        )
+
+
+@torch.no_grad()
+def probe_logits(network: Any, device: torch.device) -> Tensor:
+    """Logits [1, 16, V] in fp32 of fixed random tokens, dropout off."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = network.config.vocab_size
+    tokens = torch.randint(vocabulary, (1, min(PROBE_TOKENS, vocabulary)), generator=generator)
+    was_training = network.training
+    network.eval()
+    logits = network(tokens.to(device)).float()
+    network.train(was_training)
+    return logits
+
+
+def _device_with_room(model: Model) -> torch.device:
+    """The model's device if a second copy fits beside it, else the CPU."""
+    if model.device.type != "cuda":
+        return model.device
+    need_bytes = (
+        sum(
+            module.in_features * module.out_features
+            for module in projections(model.network).values()
+        )
+        * torch.empty((), dtype=model.dtype).element_size()
+    )
+    free_bytes, _ = torch.cuda.mem_get_info(model.device)
+    return model.device if free_bytes > 1.3 * need_bytes else torch.device("cpu")
+
+
+@contextmanager
+def _as_base(model: Model) -> Iterator[None]:
+    """Inside, the network computes as it did before the adapter came."""
+    trained: dict[str, Tensor] = {}
+    parameters = dict(model.network.named_parameters())
+    with adapter_disabled(model.network):
+        for name, original in model.originals.items():
+            trained[name] = parameters[name].data
+            parameters[name].data = original.to(trained[name])
+        try:
+            yield
+        finally:
+            for name, value in trained.items():
+                parameters[name].data = value
+
+
+@contextmanager
+def _published(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the final name only if nothing failed inside."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExists(f"{folder} exists and is not empty; choose another name or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

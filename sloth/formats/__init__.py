@@ -1,0 +1,1 @@
+"""Files: safetensors folders, the hub, PEFT adapters, GGUF."""

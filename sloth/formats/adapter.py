@@ -1,0 +1,180 @@
+"""PEFT adapters: adapter_config.json and adapter_model.safetensors, in and out.
+
+PEFT's tensor names are ours behind `base_model.model.`. What this package cannot represent (DoRA,
+trained biases, other methods than LoRA) is refused by name rather than left out.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sloth.errors import AdapterMismatch, CheckpointMismatch
+from sloth.formats.checkpoint import read_header, safe_open, set_mode_by_umask
+from sloth.lora_config import LoraConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_LORA_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+_SAVED_MODULES = ("lm_head.weight", "model.embed_tokens.weight")
+
+# Settings that change what the adapter computes and that sloth does not: the value each must have.
+_MUST_BE_OFF = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "use_qalora",
+    "use_bdlora",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as read: its settings, tensors by our names, and the base it names."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    base_name: str | None
+
+
+def save_adapter_files(
+    folder: Path,
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    *,
+    base_name: str,
+    revision: str | None,
+    target_suffixes: list[str],
+) -> None:
+    """Write the two files into an existing folder.
+
+    tensors: by our names. target_suffixes: what names exactly the adapted modules, so neither the
+    layer subset nor exclusions need to be written.
+    """
+    alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
+    settings: dict[str, Any] = {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "revision": revision,
+        "target_modules": target_suffixes,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": config.use_rslora,
+    }
+    # Older PEFT refuses keys it does not know, so these appear only when they say something.
+    if config.rank_pattern:
+        settings["rank_pattern"] = config.rank_pattern
+    if config.alpha_pattern:
+        settings["alpha_pattern"] = config.alpha_pattern
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    named = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    set_mode_by_umask(folder / WEIGHTS_NAME)
+
+
+def read_adapter(folder: Path) -> AdapterFiles:
+    """Read a LoRA adapter that PEFT or sloth wrote.
+
+    Raises AdapterMismatch for missing files, other methods, features sloth lacks, or tensors that
+    belong to nothing.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise AdapterMismatch(f"{folder} holds no {CONFIG_NAME}; expected a PEFT adapter folder")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise AdapterMismatch(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise AdapterMismatch(f"{file} holds no object")
+    config = _lora_config(settings, file)
+    return AdapterFiles(config, _read_tensors(folder), settings.get("base_model_name_or_path"))
+
+
+def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
+    if settings.get("peft_type") != "LORA":
+        raise AdapterMismatch(
+            f"{file} has peft_type {settings.get('peft_type')!r}; sloth reads LORA"
+        )
+    if settings.get("bias", "none") != "none":
+        raise AdapterMismatch(f"{file} sets bias={settings['bias']!r}; sloth trains no biases")
+    for key in _MUST_BE_OFF:
+        if settings.get(key):
+            raise AdapterMismatch(
+                f"{file} sets {key}={settings[key]!r}, which sloth does not compute"
+            )
+    if settings.get("layers_pattern"):
+        raise AdapterMismatch(f"{file} sets layers_pattern, which sloth does not read")
+    targets = settings.get("target_modules")
+    if not targets:
+        raise AdapterMismatch(f"{file} names no target_modules")
+    layers = settings.get("layers_to_transform")
+    try:
+        return LoraConfig(
+            r=settings.get("r", 8),
+            alpha=settings.get("lora_alpha", 8),
+            dropout=settings.get("lora_dropout", 0.0),
+            targets=targets,
+            exclude=settings.get("exclude_modules"),
+            layers=[layers] if isinstance(layers, int) else layers,
+            rank_pattern=settings.get("rank_pattern") or {},
+            alpha_pattern=settings.get("alpha_pattern") or {},
+            use_rslora=settings.get("use_rslora", False),
+            modules_to_save=settings.get("modules_to_save") or [],
+        )
+    except ValidationError as error:
+        raise AdapterMismatch(f"{file} cannot be used: {error}") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        pickle = folder / "adapter_model.bin"
+        why = (
+            f"only pickled weights ({pickle.name}), whose reading runs code; save it again "
+            "with PEFT's save_pretrained(..., safe_serialization=True)"
+            if pickle.is_file()
+            else f"no {WEIGHTS_NAME}"
+        )
+        raise AdapterMismatch(f"{folder} holds {why}")
+    try:
+        read_header(file)
+    except CheckpointMismatch as error:
+        raise AdapterMismatch(str(error)) from error
+    tensors: dict[str, Tensor] = {}
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        for key in opened.keys():  # noqa: SIM118 (no mapping)
+            name = key.removeprefix(PREFIX)
+            if not key.startswith(PREFIX) or not _is_known(name):
+                raise AdapterMismatch(f"{file} holds {key}, which sloth cannot place")
+            tensors[name] = opened.get_tensor(key).clone()
+    return tensors
+
+
+def _is_known(name: str) -> bool:
+    return name.endswith(_LORA_SUFFIXES) or name in _SAVED_MODULES

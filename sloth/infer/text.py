@@ -1,0 +1,133 @@
+"""Generation from text or chat messages to text: render, encode, decode tokens, stop, give back.
+
+A `str` prompt is raw text, encoded with the tokenizer's special tokens; a list of messages goes
+through the chat template, whose text already holds them. Only new text comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sloth.errors import TokenizerMissing
+from sloth.infer.generate import dequantised_while_generating, generate_tokens
+from sloth.models.decoder import Decoder
+from sloth.text.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+# What decoding gives for a character whose bytes have not all arrived.
+_INCOMPLETE = "\ufffd"
+
+
+def is_batch(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether `prompt` is a list of prompts rather than one text or one list of messages."""
+    return not isinstance(prompt, str) and not any(isinstance(item, dict) for item in prompt)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Text or messages -> token ids. Raises TokenizerMissing for messages without a template."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, add_special_tokens=True)
+    if tokenizer.chat is None:
+        raise TokenizerMissing(
+            "the model has no chat template; give the prompt as a str of raw text"
+        )
+    text = tokenizer.chat.render(prompt, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def generate_text(
+    network: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    temperature: float,
+    stop: Sequence[str],
+) -> list[str]:
+    """One answer per prompt, decoded as one batch. `stop` texts end an answer and are cut off."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+
+    def is_done(row: int, new_ids: list[int]) -> bool:
+        text = tokenizer.decode(new_ids)
+        return any(mark in text for mark in stop)
+
+    with _ready_to_generate(network):
+        for step in generate_tokens(
+            network,
+            ids,
+            max_new_tokens,
+            tokenizer.stop_ids,
+            temperature,
+            is_done if stop else None,
+        ):
+            for row, token in enumerate(step):
+                if token is not None:
+                    answers[row].append(token)
+    return [_cut(tokenizer.decode(answer), stop) for answer in answers]
+
+
+def stream_text(
+    network: Decoder,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    max_new_tokens: int,
+    temperature: float,
+    stop: Sequence[str],
+) -> Iterator[str]:
+    """The same answer in pieces as they come. Text that may begin a stop text is held back."""
+    ids: list[int] = []
+    shown = 0
+    done = False
+
+    def is_done(row: int, new_ids: list[int]) -> bool:
+        return any(mark in tokenizer.decode(new_ids) for mark in stop)
+
+    with _ready_to_generate(network):
+        for (token,) in generate_tokens(
+            network,
+            [encode_prompt(tokenizer, prompt)],
+            max_new_tokens,
+            tokenizer.stop_ids,
+            temperature,
+            is_done if stop else None,
+        ):
+            done = token is None
+            if token is not None:
+                ids.append(token)
+            text = _cut(tokenizer.decode(ids), stop)
+            ready = text if done else text[: len(text) - _held_back(text, stop)]
+            if len(ready) > shown:
+                yield ready[shown:]
+                shown = len(ready)
+        rest = _cut(tokenizer.decode(ids), stop)[shown:]
+        if rest:
+            yield rest
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first stop text."""
+    ends = [text.index(mark) for mark in stop if mark in text]
+    return text[: min(ends)] if ends else text
+
+
+def _held_back(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may still change or turn into a stop text."""
+    incomplete = len(text) - len(text.rstrip(_INCOMPLETE))
+    starts = [size for mark in stop for size in range(1, len(mark)) if text.endswith(mark[:size])]
+    return max([incomplete, *starts])
+
+
+@contextmanager
+def _ready_to_generate(network: Decoder) -> Iterator[None]:
+    """Dropout off and weights dequantised inside; what was before comes back after."""
+    was_training = network.training
+    network.eval()
+    try:
+        with dequantised_while_generating(network, network.model.embed_tokens.weight.dtype):
+            yield
+    finally:
+        network.train(was_training)

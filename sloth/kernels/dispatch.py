@@ -1,0 +1,115 @@
+"""Kernel levels: how much of a block runs as hand-written code. Chosen once, reported, never
+guessed.
+
+    reference   eager formulas in Hugging Face's order of casts (bit-equal to its eager mode)
+    ops         every op is a hand-derived autograd Function
+    fused       the whole block is one Function, its fused twin; the base must be frozen
+
+Inside `ops` and `fused` each op has two engines, torch and Triton; `kernels.engine` picks by
+tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from sloth.errors import KernelUnavailable
+from sloth.kernels.ops import (
+    add_rms_norm,
+    attention,
+    glu,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+    rope,
+)
+from sloth.kernels.ops.lora_linear import Base, LoraOperands
+
+Level = Literal["reference", "ops", "fused"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+# model_type -> module that holds the fused twin of its block.
+TWINS = {"llama": "sloth.kernels.llama"}
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The op table a module computes through; one instance per level."""
+
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    rope: Callable[..., tuple[Tensor, Tensor]]
+    glu: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
+
+
+def _lora_linear_reference(
+    x: Tensor, base: Base, bias: Tensor | None, lora: LoraOperands | None, training: bool = False
+) -> Tensor:
+    mask = lora_linear.draw_dropout_mask(x, lora, training)
+    return lora_linear.lora_linear_reference(x, base, bias, lora, mask)
+
+
+REFERENCE = Ops(
+    rms_norm=rms_norm.rms_norm_reference,
+    add_rms_norm=add_rms_norm.add_rms_norm_reference,
+    rope=rope.rope_reference,
+    glu=glu.glu_reference,
+    attention=attention.attention_reference,
+    lora_linear=_lora_linear_reference,
+    linear_cross_entropy=linear_cross_entropy.linear_cross_entropy_reference,
+)
+OPS = Ops(
+    rms_norm=rms_norm.rms_norm,
+    add_rms_norm=add_rms_norm.add_rms_norm,
+    rope=rope.rope,
+    glu=glu.glu,
+    attention=attention.attention,
+    lora_linear=lora_linear.lora_linear,
+    linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
+)
+
+
+def ops_of(level: Level) -> Ops:
+    """Op table of a level; the fused level uses it outside its blocks."""
+    return REFERENCE if level == "reference" else OPS
+
+
+def twin_of(model_type: str) -> Callable[..., Tensor]:
+    """The fused twin of a family's block: (module, hidden_BTD, context) -> hidden_BTD."""
+    module: Any = importlib.import_module(TWINS[model_type])
+    return module.block
+
+
+def choose_level(requested: str, model_type: str, trainable_base: bool) -> tuple[Level, str]:
+    """Level to run and the reason, for `sloth info`.
+
+    requested: "auto" or a level by name. trainable_base: whether a parameter inside the blocks,
+    other than an adapter's, needs a gradient. Raises KernelUnavailable when a level asked for
+    cannot run.
+    """
+    obstacle = None
+    if model_type not in TWINS:
+        obstacle = f"{model_type} has no fused twin yet"
+    elif trainable_base:
+        obstacle = "the base is trainable, and the fused twin derives no base gradients"
+    if requested == "auto":
+        if obstacle:
+            return "ops", obstacle
+        return "fused", "the base is frozen and the block has a fused twin"
+    if requested not in LEVELS:
+        raise KernelUnavailable(f"level {requested!r} is unknown; known: auto, {', '.join(LEVELS)}")
+    if requested == "fused" and obstacle:
+        raise KernelUnavailable(
+            f"level 'fused' cannot run: {obstacle}. Load with level='auto' (it turns fused when "
+            "add_lora freezes the base), with quant='nf4', or with an adapter"
+        )
+    level: Level = next(known for known in LEVELS if known == requested)
+    return level, "asked for"

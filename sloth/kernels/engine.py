@@ -1,0 +1,57 @@
+"""Which engine runs an op: plain torch, or Triton on a GPU. Decided by the tensor, never by
+try/except.
+
+Triton exists on Linux only, so it is imported here once; op files take `triton`, `tl` and `jit`
+from this module and still import where it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sloth.errors import KernelUnavailable
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+triton: Any = importlib.import_module("triton") if HAS_TRITON else None
+tl: Any = importlib.import_module("triton.language") if HAS_TRITON else None
+
+Engine = Literal["torch", "triton"]
+
+# Triton reads this when a kernel is defined, so it cannot change later.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_forced: Engine | None = None
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit`, or the plain function where Triton is not installed."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def engine_for(x: Tensor) -> Engine:
+    """Engine that computes an op on `x`: Triton for 16 and 32-bit floats on CUDA, else torch."""
+    if _forced is not None:
+        return _forced
+    return "triton" if HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES else "torch"
+
+
+@contextmanager
+def forced_engine(engine: Engine) -> Iterator[None]:
+    """Run every op inside on one engine, whatever the tensor; for tests and benchmarks."""
+    global _forced
+    if engine == "triton" and not HAS_TRITON:
+        raise KernelUnavailable("the triton engine was asked for, but triton is not installed")
+    before, _forced = _forced, engine
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,1 @@
+"""One op per file: formula, reference, torch engine, Triton engine, Function, public op."""

@@ -1,0 +1,226 @@
+"""LoRA linear: y = x W^T + b + s * (x' A^T) B^T, with W dense or NF4 and x' = x or dropout(x).
+
+Shapes: N rows (all leading dimensions), I in, O out, R rank. x [..., I]; W [O, I]; A [R, I];
+B [O, R].
+
+Forward:   u = x' A^T               (kept: N x R)
+           y = x W^T + b + s u B^T
+Backward:  v = s dy B               (N x R)
+           dx = dy W + mask * (v A)
+           dA = v^T x'      dB = s dy^T u      dW = dy^T x      db = sum_N dy
+A frozen W needs no x; only A does, so a twin may rebuild x instead of saving it.
+
+Saved: x (only where A or W is trained), u, A, B and W as stored: NF4 codes are unpacked again in
+the backward, so a dense copy never lives from forward to backward. LoRA weights are fp32 while x
+may be 16-bit: the products run in x's dtype, every sum over rows (dA, dB, dW) in fp32 and stored in
+the dtype of its weight. The reference computes LoRA in A's dtype, as PEFT does.
+
+Both engines are the vendor's matrix product, which no kernel of ours beats at these shapes (cuBLAS
+reaches 690-760 TFLOP/s on an H100), so the only Triton here is the NF4 dequantisation in `nf4.py`.
+Source: Hu et al. 2021 (LoRA), https://arxiv.org/abs/2106.09685, section 4.1; Dettmers et al. 2023
+(QLoRA), https://arxiv.org/abs/2305.14314, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sloth.kernels.ops.nf4 import NF4Weight, nf4_dequantize
+
+Base = Tensor | NF4Weight
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LoraOperands:
+    """A [R, in], B [out, R], the factor s on their product, and the dropout on A's input."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+
+
+class LoraLinearGrads(NamedTuple):
+    """Gradients of one call; None where not needed."""
+
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dA: Tensor | None
+    dB: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for; the rest come back as None, uncomputed."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+    dA: bool
+    dB: bool
+
+
+def dense_weight(base: Base, dtype: torch.dtype) -> Tensor:
+    """The matrix [O, I] of a base in `dtype`: itself, or its dequantised codes."""
+    return nf4_dequantize(base, dtype) if isinstance(base, NF4Weight) else base.to(dtype)
+
+
+def draw_dropout_mask(x: Tensor, lora: LoraOperands | None, training: bool) -> Tensor | None:
+    """Mask like x holding 0 or 1 / (1 - p); None where nothing is dropped."""
+    if lora is None or lora.dropout == 0.0 or not training:
+        return None
+    keep = 1.0 - lora.dropout
+    return torch.empty_like(x).bernoulli_(keep).div_(keep)
+
+
+def lora_linear_reference(
+    x: Tensor,
+    base: Base,
+    bias: Tensor | None,
+    lora: LoraOperands | None,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """Eager LoRA linear in PEFT's order: LoRA in the dtype of A, one cast at the end."""
+    y = F.linear(x, dense_weight(base, x.dtype), bias)
+    if lora is None:
+        return y
+    dropped = x if dropout_mask is None else x * dropout_mask
+    low = F.linear(dropped.to(lora.A.dtype), lora.A)
+    return (y + F.linear(low, lora.B) * lora.scale).to(x.dtype)
+
+
+def lora_linear_fwd(
+    x: Tensor,
+    base: Base,
+    bias: Tensor | None,
+    lora: LoraOperands | None,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [..., O], u = x' A^T [..., R] or None), both in x's dtype."""
+    dtype, leading, x_NI = x.dtype, x.shape[:-1], _rows(x)
+    y_NO = F.linear(x_NI, dense_weight(base, dtype), None if bias is None else bias.to(dtype))
+    if lora is None:
+        return y_NO.view(*leading, y_NO.shape[1]), None
+    dropped = x_NI if dropout_mask is None else x_NI * _rows(dropout_mask)
+    low_NR = dropped @ lora.A.to(dtype).T
+    y_NO.addmm_(low_NR, lora.B.to(dtype).T, alpha=lora.scale)
+    return y_NO.view(*leading, y_NO.shape[1]), low_NR.view(*leading, low_NR.shape[1])
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    base: Base,
+    lora: LoraOperands | None,
+    low: Tensor | None,
+    dropout_mask: Tensor | None,
+    needs: Needs,
+) -> LoraLinearGrads:
+    """Gradients of `lora_linear_fwd`; `low` is its second result.
+
+    x is read for dA and dweight only, and may be None without them.
+    """
+    dtype, dy_NO = dy.dtype, _rows(dy)
+    x_NI = None if x is None else _rows(x)
+    mask = None if dropout_mask is None else _rows(dropout_mask)
+    dx = dweight = dbias = dA = dB = None
+    if needs.dx:
+        dx = dy_NO @ dense_weight(base, dtype)
+    if needs.dweight:
+        assert x_NI is not None and isinstance(base, Tensor)
+        dweight = _sum_over_rows(dy_NO, x_NI, base.dtype)
+    if needs.dbias:
+        dbias = dy_NO.sum(0)
+    if lora is not None and (needs.dx or needs.dA):
+        v_NR = (dy_NO @ lora.B.to(dtype)) * lora.scale
+        if dx is not None:
+            if mask is None:
+                dx.addmm_(v_NR, lora.A.to(dtype))
+            else:
+                dx.addcmul_(v_NR @ lora.A.to(dtype), mask)
+        if needs.dA:
+            assert x_NI is not None
+            dA = _sum_over_rows(v_NR, x_NI if mask is None else x_NI * mask, lora.A.dtype)
+    if lora is not None and needs.dB:
+        assert low is not None
+        dB = _sum_over_rows(dy_NO, _rows(low), lora.B.dtype) * lora.scale
+    if dx is not None:
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
+    return LoraLinearGrads(dx, dweight, dbias, dA, dB)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [N, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _sum_over_rows(left_NP: Tensor, right_NQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """left^T right [P, Q] in `dtype`, accumulated in fp32 or wider and rounded to `dtype` alone."""
+    if left_NP.is_cuda and dtype == torch.float32 and left_NP.dtype in _HALF:
+        # An fp32 result costs nothing extra, and rules out the 16-bit partial sums of split K.
+        return torch.mm(left_NP.T, right_NQ, out_dtype=torch.float32)
+    wide = torch.promote_types(left_NP.dtype, dtype)
+    return (left_NP.T.to(wide) @ right_NQ.to(wide)).to(dtype)
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """Saves x where read, A, B, u, mask and W as stored; NF4 codes ride on the context."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Base,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scale: float,
+        dropout_mask: Tensor | None,
+    ) -> Tensor:
+        lora = None if A is None or B is None else LoraOperands(A, B, scale)
+        y, low = lora_linear_fwd(x, base, bias, lora, dropout_mask)
+        _, need_dweight, _, need_dA, _ = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_dweight or need_dA else None,
+            base if isinstance(base, Tensor) else None,
+            *(A, B, low, dropout_mask),
+        )
+        ctx.codes = None if isinstance(base, Tensor) else base
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, low, dropout_mask = ctx.saved_tensors
+        base = weight if ctx.codes is None else ctx.codes
+        lora = None if A is None else LoraOperands(A, B, ctx.scale)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        grads = lora_linear_bwd(dy, x, base, lora, low, dropout_mask, needs)
+        return *grads, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    base: Base,
+    bias: Tensor | None = None,
+    lora: LoraOperands | None = None,
+    training: bool = False,
+) -> Tensor:
+    """x W^T + b + s dropout(x) A^T B^T, with a hand-derived backward.
+
+    x [..., I], base [O, I] dense or NF4, bias [O], LoRA operands A [R, I] and B [O, R] -> [..., O]
+    in x's dtype. Differentiable in x, a dense base, bias, A and B. `training` draws the dropout
+    mask.
+    """
+    mask = draw_dropout_mask(x, lora, training)
+    A, B, scale = (None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scale)
+    return LoraLinearFunction.apply(x, base, bias, A, B, scale, mask)

@@ -1,0 +1,110 @@
+"""A projection y = x W^T + b with a slot for LoRA: `q_proj.weight` keeps its name with or without
+one.
+
+`Projection` is the interface that models and twins see: `base` (a dense matrix or NF4 codes),
+`bias`, and `lora` (the low-rank operands, or None). `Linear` stores the matrix dense;
+`quant.Linear4bit` in NF4. The adapter is injected, not wrapped around: `lora_A` and `lora_B` are
+None or children holding `weight`, so `q_proj.lora_A.weight` is PEFT's key without its prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sloth.kernels.dispatch import OPS, Ops
+from sloth.kernels.ops.lora_linear import Base, LoraOperands
+
+
+class OpModule(nn.Module):
+    """A module that computes through an op table, so that one attribute sets its kernel level."""
+
+    ops: Ops = OPS
+
+
+class LoraFactor(nn.Module):
+    """One of the two low-rank matrices; a module so that its parameter is named `.weight`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Projection(OpModule):
+    """Shared half of every projection: shapes, bias and the LoRA slot."""
+
+    lora_A: LoraFactor | None
+    lora_B: LoraFactor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+        self.register_module("lora_A", None)
+        self.register_module("lora_B", None)
+        self.lora_scale = 1.0
+        self.lora_dropout = 0.0
+        self.lora_enabled = True
+
+    @property
+    def base(self) -> Base:
+        """The frozen or trained matrix [out, in]: a tensor, or NF4 codes."""
+        raise NotImplementedError
+
+    @property
+    def lora(self) -> LoraOperands | None:
+        """The adapter's operands, None without one or while it is switched off."""
+        if self.lora_A is None or self.lora_B is None or not self.lora_enabled:
+            return None
+        return LoraOperands(
+            self.lora_A.weight, self.lora_B.weight, self.lora_scale, self.lora_dropout
+        )
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether an adapter is attached, switched on or off."""
+        return self.lora_A is not None
+
+    def attach_lora(self, rank: int, scale: float, dropout: float, device: torch.device) -> None:
+        """Fill the slot with fp32 A [rank, in] uniform in +-1/sqrt(in) and B [out, rank] zero.
+
+        The initial values are PEFT's (Kaiming uniform with a = sqrt(5)), so B A starts at zero.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound)
+        self.lora_A = LoraFactor(a)
+        self.lora_B = LoraFactor(torch.zeros(self.out_features, rank, device=device))
+        self.lora_scale, self.lora_dropout = scale, dropout
+
+    def detach_lora(self) -> None:
+        """Empty the slot."""
+        self.lora_A = self.lora_B = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        return self.ops.lora_linear(x, self.base, self.bias, self.lora, self.training)
+
+
+class Linear(Projection):
+    """Projection with a dense weight [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+    @property
+    def base(self) -> Base:
+        return self.weight
+
+
+# A decoder asks for each projection by its path, so that a checkpoint can decide what is quantized.
+ProjectionFactory = Callable[[str, int, int, bool], Projection]
+
+
+def dense_projection(path: str, in_features: int, out_features: int, bias: bool) -> Projection:
+    """The factory that stores every projection dense."""
+    return Linear(in_features, out_features, bias)

@@ -1,0 +1,76 @@
+"""`load`: a name, repo id, folder or .gguf file -> a ready `Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sloth.assemble import assemble
+from sloth.dtypes import resolve_dtype
+from sloth.errors import KernelUnavailable
+from sloth.formats.adapter import read_adapter
+from sloth.formats.hub import resolve
+from sloth.lora import load_adapter_tensors
+from sloth.model import Model
+
+
+def load(
+    name: str | Path,
+    *,
+    quant: str | None = None,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    level: str = "auto",
+    revision: str | None = None,
+    ignore_config: Sequence[str] = (),
+) -> Model:
+    """Load a model for training or use.
+
+    name: alias ("llama-3.2-1b"), hub repository id, Hugging Face folder, or .gguf file.
+    quant: None keeps what is on disk (a bitsandbytes 4-bit folder stays 4-bit), "nf4" quantizes.
+    adapter: PEFT adapter folder to attach, to use or to train on; the base is then frozen.
+    device: "auto" is CUDA when there is one. dtype: "auto" is bf16 on a GPU, fp32 on a CPU.
+    level: "auto", or a kernel level by name: reference, ops, fused.
+    revision: branch, tag or commit on the hub. ignore_config: config.json keys to leave unread.
+    A dense load leaves every parameter trainable, an NF4 load none until `add_lora`.
+    Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, KernelUnavailable.
+    """
+    where = _device(device)
+    found = resolve(str(name), revision)
+    parts = assemble(
+        Path(found.path),
+        quant=quant,
+        device=where,
+        dtype=resolve_dtype(dtype, where),
+        ignore_config=ignore_config,
+    )
+    model = Model(
+        parts.network,
+        parts.hf_config,
+        parts.tokenizer,
+        name=found.repo_id or str(found.path),
+        revision=found.revision,
+        requested_level=level,
+        is_quantized=parts.is_quantized,
+        frozen_base=adapter is not None,
+    )
+    if adapter is not None:
+        files = read_adapter(Path(adapter))
+        model._attach(files.config, strict=False)
+        load_adapter_tensors(model.network, files.config, files.tensors)
+    return model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise KernelUnavailable(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA device "
+            f"(torch {torch.__version__}); `sloth doctor` tells more"
+        )
+    return chosen

@@ -1,0 +1,49 @@
+"""What `sloth doctor` finds on this machine: GPU, driver, torch, triton."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from sloth import __version__
+
+GIB = 2**30
+
+
+def describe_machine() -> dict[str, str]:
+    """Names and findings, in the order to show them."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    rows: dict[str, str] = {
+        "sloth": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": importlib.import_module("triton").__version__ if has_triton else "not installed",
+        "CUDA in torch": torch.version.cuda or "no (a CPU build)",
+        "driver": _driver(),
+    }
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        rows[f"GPU {index}"] = (
+            f"{found.name}, {found.total_memory / GIB:.0f} GiB, sm_{found.major}{found.minor}"
+        )
+    if not torch.cuda.is_available():
+        rows["GPU"] = "none that torch can use; sloth runs on the CPU"
+    rows["engine"] = "triton" if torch.cuda.is_available() and has_triton else "torch"
+    return rows
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "no nvidia-smi found"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi does not answer: {error}"
+    return " ".join(sorted(set(done.stdout.split()))) or f"nvidia-smi fails: {done.stderr.strip()}"

@@ -1,0 +1,106 @@
+"""Reading config.json: known keys are taken, a written list is irrelevant, anything else is
+refused.
+
+A key that would change the mathematics must never be ignored in silence, so every architecture
+names what it understands and `KeyReader` refuses the rest with the way out (`load(...,
+ignore_config=[...])`). Old (Transformers 4) and new (Transformers 5) spellings are both read; the
+new one is written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sloth.errors import UnsupportedConfig
+from sloth.models.rope import RopeParameters
+
+# Keys that name the file's history, a tool's bookkeeping, sampling defaults or classification
+# heads: none of them changes the logits of a causal language model.
+IRRELEVANT_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    architectures attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty
+    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type pruned_heads quantization_config remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+
+# Keys that name code inside the repository. sloth never runs it; on a supported type it has its
+# own.
+REMOTE_CODE_KEYS = frozenset({"auto_map", "model_file", "custom_pipelines"})
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ from layer to layer: its rotary table and how far back it sees.
+
+    rope: parameters of the layer's rotary embedding, None for a layer without one.
+    window: keys a query sees, itself included; None for all of them.
+    """
+
+    rope: RopeParameters | None
+    window: int | None = None
+
+
+class KeyReader:
+    """Hands out the keys of one config.json and refuses what nobody asked for.
+
+    Raises UnsupportedConfig for a missing required key, a value the architecture does not compute,
+    and, in `finish`, for keys that are neither known nor irrelevant.
+    """
+
+    def __init__(self, config: dict[str, Any], ignore: Iterable[str] = ()) -> None:
+        self.config = config
+        self.ignore = frozenset(ignore)
+        self.model_type = str(config.get("model_type"))
+        self._seen: set[str] = set()
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """Value of `key`; `default` if the key is absent or null; required without a default."""
+        self._seen.add(key)
+        value = self.config.get(key)
+        if value is not None:
+            return value
+        if default is ...:
+            raise UnsupportedConfig(f"config.json of a {self.model_type} model lacks {key!r}")
+        return default
+
+    def expect(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        """Value of `key`, which must be one of `allowed`, unless the user ignores it by name."""
+        value = self.take(key, default)
+        if value not in allowed and key not in self.ignore:
+            raise UnsupportedConfig(
+                f"config.json sets {key}={value!r}; {self.model_type} computes only "
+                f"{' or '.join(map(repr, allowed))}. To load it all the same: "
+                f"sloth.load(..., ignore_config=[{key!r}])"
+            )
+        return value if value in allowed else default
+
+    def finish(self) -> None:
+        """Refuse what is left over."""
+        for key in sorted(REMOTE_CODE_KEYS & self.config.keys()):
+            warnings.warn(
+                f"config.json names code of its own ({key}); sloth does not run it and uses its "
+                f"own {self.model_type}",
+                stacklevel=2,
+            )
+        known = self._seen | IRRELEVANT_KEYS | REMOTE_CODE_KEYS | self.ignore
+        unknown = sorted(self.config.keys() - known)
+        if unknown:
+            raise UnsupportedConfig(
+                f"config.json of a {self.model_type} model has keys that sloth does not know: "
+                f"{', '.join(unknown)}. If they do not change the mathematics, load with "
+                f"sloth.load(..., ignore_config={unknown!r})"
+            )

@@ -1,0 +1,218 @@
+"""The shell all decoder-only models share: embed, block loop, final norm, head, loss.
+
+The architecture's own file builds the blocks and says what differs per layer (`LayerSpec`); this
+one prepares what a block needs beside its input (rotary tables, who sees whom) once per forward
+pass, and runs the loop through one seam, `run_block`, where a fused twin, recompute or offload
+plugs in. Shapes: B batch, T tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sloth.kernels.context import BlockContext
+from sloth.kernels.dispatch import Level, ops_of, twin_of
+from sloth.kernels.ops.attention import AttentionLayout
+from sloth.linear import Linear, OpModule, Projection
+from sloth.models.cache import KVCache
+from sloth.models.config import LayerSpec
+from sloth.models.rope import Rope
+
+RunBlock = Callable[[nn.Module, Tensor, BlockContext], Tensor]
+
+
+class RMSNorm(OpModule):
+    """y = x / rms(x) * weight; `offset` 1 stores the weight less one."""
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps, self.offset)
+
+    def add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(residual + delta), residual + delta)."""
+        return self.ops.add_rms_norm(delta, residual, self.weight, self.eps, self.offset)
+
+
+class Embedding(OpModule):
+    """Rows of `weight` [V, D] picked by token id."""
+
+    def __init__(self, num_embeddings: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_embeddings, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens, self.weight)
+
+
+class Stack(nn.Module):
+    """Holds `embed_tokens`, `layers` and `norm` under Hugging Face's prefix `model.`."""
+
+    def __init__(self, embed_tokens: Embedding, layers: list[nn.Module], norm: RMSNorm) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+
+class Decoder(OpModule):
+    """A causal language model. Subclasses fill `model`, `lm_head` (None when tied) and `specs`."""
+
+    model_type: ClassVar[str]
+    lm_head: Projection | None
+
+    def __init__(
+        self, config: Any, model: Stack, lm_head: Projection | None, specs: list[LayerSpec]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.register_module("lm_head", lm_head)
+        self.specs = specs
+        self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
+        self.run_block: RunBlock = run_plain
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head uses the embedding matrix."""
+        return self.lm_head is None
+
+    def untie(self) -> None:
+        """Give the head a matrix of its own, equal to the embedding's; for training one apart."""
+        if self.lm_head is not None:
+            return
+        vocabulary, dim = self.model.embed_tokens.weight.shape
+        head = Linear(dim, vocabulary)
+        weight = self.model.embed_tokens.weight
+        head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        head.ops = self.ops
+        head.train(self.training)
+        self.lm_head = head
+
+    def set_level(self, level: Level) -> None:
+        """Run at a kernel level: op table for every module, fused twin in the block loop."""
+        for module in self.modules():
+            if isinstance(module, OpModule):
+                module.ops = ops_of(level)
+        self.run_block = run_plain
+        if level == "fused":
+            twin = twin_of(self.model_type)
+            # Decoding keeps its cache in the plain block: one token a step has nothing to fuse for.
+            self.run_block = lambda block, hidden, context: (
+                twin(block, hidden, context) if context.cache is None else block(hidden, context)
+            )
+
+    def hidden_states(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D] after the final norm.
+
+        positions: [T] or [B, T]; where they restart at 0 a new document begins, unseen by and blind
+        to the others. Default: 0.., after what the cache holds.
+        """
+        tokens = tokens.to(self.model.embed_tokens.weight.device)
+        hidden = self.model.embed_tokens(tokens)
+        contexts = self._contexts(hidden, positions, cache)
+        for index, block in enumerate(self.model.layers):
+            hidden = self.run_block(block, hidden, contexts[index])
+        return self.model.norm(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V]."""
+        if self.lm_head is None:
+            return nn.functional.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Token ids [B, T] -> logits [B, T, V] in the compute dtype."""
+        return self.head(self.hidden_states(tokens, positions, cache))
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        num_trained: int | Tensor | None = None,
+    ) -> Tensor:
+        """Summed next-token cross-entropy over labels that are not -100, over their number, fp32.
+
+        The shift happens here: position t predicts labels[t + 1]. With positions, the first token
+        of a document is never a target, so packed documents give the loss they give apart.
+        num_trained: the divisor, when a step spans several calls.
+        """
+        device = self.model.embed_tokens.weight.device
+        targets = labels.to(device)[:, 1:]
+        if positions is not None:
+            first = torch.as_tensor(positions, device=device).expand_as(labels)[:, 1:] == 0
+            targets = targets.masked_fill(first, -100)
+        hidden = self.hidden_states(tokens, positions)[:, :-1]
+        hidden, weight = self._head_operands(hidden)
+        return self.ops.linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), num_trained
+        )
+
+    def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and matrix whose product is the logits.
+
+        A head with LoRA is one wider product: h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T.
+        """
+        if self.lm_head is None:
+            return hidden, self.model.embed_tokens.weight
+        weight, lora = self.lm_head.base, self.lm_head.lora
+        assert isinstance(weight, Tensor), "the head is never quantized"
+        if lora is None:
+            return hidden, weight
+        dropped = nn.functional.dropout(hidden, lora.dropout, self.lm_head.training)
+        low = lora.scale * (dropped @ lora.A.to(hidden.dtype).T)
+        return torch.cat((hidden, low), -1), torch.cat((weight, lora.B.to(weight.dtype)), -1)
+
+    def _contexts(
+        self, hidden: Tensor, positions: Tensor | None, cache: KVCache | None
+    ) -> list[BlockContext]:
+        """One context per layer; layers with equal specs share tables and layout."""
+        batch, length, _ = hidden.shape
+        past = cache.length if cache else 0
+        documents = keys = None
+        if positions is None:
+            positions = torch.arange(past, past + length, device=hidden.device)[None]
+        else:
+            positions = torch.as_tensor(positions, device=hidden.device)
+            positions = positions[None] if positions.dim() == 1 else positions
+            if cache is None:
+                documents = document_indices(positions).expand(batch, length)
+                keys = documents
+        if cache is not None and cache.documents is not None:
+            keys = cache.documents
+            documents = keys[:, past : past + length]
+        layouts = {
+            spec.window: AttentionLayout(documents, keys, spec.window) for spec in self.specs
+        }
+        tables = {
+            parameters: rope.tables(positions, hidden.dtype)
+            for parameters, rope in self._ropes.items()
+        }
+        contexts = []
+        for index, spec in enumerate(self.specs):
+            cos, sin = tables[spec.rope] if spec.rope else (None, None)
+            layer_cache = cache.layers[index] if cache else None
+            contexts.append(BlockContext(cos, sin, layouts[spec.window], layer_cache))
+        return contexts
+
+
+def run_plain(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
+    """The block as its model file writes it."""
+    return block(hidden, context)
+
+
+def document_indices(positions_BT: Tensor) -> Tensor:
+    """Positions [B, T] -> which document of its row each token belongs to [B, T], from 0."""
+    return (positions_BT == 0).cumsum(1)

@@ -1,0 +1,185 @@
+"""Llama: pre-norm blocks of grouped-query attention and a SwiGLU MLP, rotary positions, RMSNorm.
+
+    h = h + o_proj(attention(rope(q), rope(k), v))      q, k, v = projections of norm(h)
+    h = h + down_proj(silu(gate) * up)                  gate, up = projections of norm(h)
+
+Serves every `LlamaForCausalLM` checkpoint: Llama 1 to 3.3, CodeLlama, TinyLlama, SmolLM2, Yi,
+R1-Distill-Llama. Papers: Touvron et al. 2023, https://arxiv.org/abs/2302.13971; Grattafiori et al.
+2024, https://arxiv.org/abs/2407.21783. Shapes: B batch, T tokens, D model, H query heads, K kv
+heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sloth.kernels.context import BlockContext
+from sloth.linear import OpModule, ProjectionFactory, dense_projection
+from sloth.models.config import KeyReader, LayerSpec
+from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.rope import DEFAULT_THETA, RopeParameters
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of config.json that the mathematics depends on, under their own names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeParameters
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], ignore: Iterable[str] = ()) -> LlamaConfig:
+        """Read a config.json, in the Transformers 4 or 5 spelling. Raises UnsupportedConfig."""
+        keys = KeyReader(config, ignore)
+        hidden_size = keys.take("hidden_size")
+        num_heads = keys.take("num_attention_heads")
+        head_dim = keys.take("head_dim", hidden_size // num_heads)
+        max_positions = keys.take("max_position_embeddings", 2048)
+        keys.expect("hidden_act", ("silu",), "silu")
+        keys.expect("attention_dropout", (0.0,), 0.0)
+        keys.expect("rope_interleaved", (False,), False)
+        keys.expect("partial_rotary_factor", (1.0,), 1.0)
+        rope_parameters = keys.take("rope_parameters", None)
+        rope_scaling = keys.take("rope_scaling", None)
+        theta = keys.take("rope_theta", DEFAULT_THETA)
+        built = cls(
+            vocab_size=keys.take("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=keys.take("intermediate_size"),
+            num_hidden_layers=keys.take("num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=keys.take("num_key_value_heads", num_heads),
+            head_dim=head_dim,
+            max_position_embeddings=max_positions,
+            rms_norm_eps=keys.take("rms_norm_eps", 1e-6),
+            rope=RopeParameters.from_hf(
+                rope_scaling or rope_parameters, theta, head_dim, max_positions
+            ),
+            attention_bias=keys.take("attention_bias", False),
+            mlp_bias=keys.take("mlp_bias", False),
+            tie_word_embeddings=keys.take("tie_word_embeddings", False),
+        )
+        keys.finish()
+        return built
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Transformers 5 config.json of this model, without token ids and dtype."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": self.attention_bias,
+            "attention_dropout": 0.0,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "mlp_bias": self.mlp_bias,
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": self.rope.to_hf(),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "vocab_size": self.vocab_size,
+        }
+
+    def layers(self) -> list[LayerSpec]:
+        """Every layer alike: full causal attention, one rotary table."""
+        return [LayerSpec(self.rope)] * self.num_hidden_layers
+
+
+class Attention(OpModule):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, path: str, linear: ProjectionFactory) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        dim, bias = config.hidden_size, config.attention_bias
+        q_dim = config.num_attention_heads * config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(f"{path}.q_proj", dim, q_dim, bias)
+        self.k_proj = linear(f"{path}.k_proj", dim, kv_dim, bias)
+        self.v_proj = linear(f"{path}.v_proj", dim, kv_dim, bias)
+        self.o_proj = linear(f"{path}.o_proj", q_dim, dim, bias)
+
+    def forward(self, x_BTD: Tensor, context: BlockContext) -> Tensor:
+        heads = (*x_BTD.shape[:-1], -1, self.head_dim)
+        q_BTHE = self.q_proj(x_BTD).view(heads)
+        k_BTKE = self.k_proj(x_BTD).view(heads)
+        v_BKTE = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        q_BTHE, k_BTKE = self.ops.rope(q_BTHE, k_BTKE, context.cos, context.sin)
+        q_BHTE, k_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2)
+        if context.cache is not None:
+            k_BKTE, v_BKTE = context.cache.append(k_BKTE, v_BKTE)
+        out_BHTE = self.ops.attention(q_BHTE, k_BKTE, v_BKTE, self.scale, context.layout)
+        return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
+
+
+class MLP(OpModule):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, path: str, linear: ProjectionFactory) -> None:
+        super().__init__()
+        dim, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(f"{path}.gate_proj", dim, ffn, bias)
+        self.up_proj = linear(f"{path}.up_proj", dim, ffn, bias)
+        self.down_proj = linear(f"{path}.down_proj", ffn, dim, bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.ops.glu(self.gate_proj(x_BTD), self.up_proj(x_BTD), "silu"))
+
+
+class Block(OpModule):
+    """One layer: attention, then MLP, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, path: str, linear: ProjectionFactory) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, f"{path}.self_attn", linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, f"{path}.mlp", linear)
+
+    def forward(self, hidden_BTD: Tensor, context: BlockContext) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_BTD), context)
+        normed, hidden_BTD = self.post_attention_layernorm.add(attended, hidden_BTD)
+        return hidden_BTD + self.mlp(normed)
+
+
+class LlamaDecoder(Decoder):
+    """Llama with Hugging Face's parameter names.
+
+    linear: what stores each projection, asked as linear(path, in_features, out_features, bias).
+    """
+
+    model_type = "llama"
+
+    def __init__(self, config: LlamaConfig, linear: ProjectionFactory = dense_projection) -> None:
+        stack = Stack(
+            Embedding(config.vocab_size, config.hidden_size),
+            [
+                Block(config, f"model.layers.{index}", linear)
+                for index in range(config.num_hidden_layers)
+            ],
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+        )
+        head = None
+        if not config.tie_word_embeddings:
+            head = dense_projection("lm_head", config.hidden_size, config.vocab_size, False)
+        super().__init__(config, stack, head, config.layers())

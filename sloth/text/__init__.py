@@ -1,0 +1,1 @@
+"""Text in and out of models: tokenizers and chat templates."""

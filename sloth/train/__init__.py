@@ -1,0 +1,1 @@
+"""Training: settings, data, the loop, optimizer, schedule, checkpoints, log."""

@@ -1,0 +1,198 @@
+"""Checkpoints that survive a kill: written aside, synced, published by one rename, verified on
+reading.
+
+    run/step-000120/    trainable.safetensors   parameters with a gradient, by the network's names
+                        optimizer.safetensors   its state, flattened
+                        rng.safetensors         states of the random generators
+                        state.json              step, counts, losses, settings, data fingerprint
+                        manifest.json           size and sha256 of each file, written last
+
+A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
+pointer file to tear. A folder named `step-*.tmp-*` is an unfinished write and is removed at the
+next start. Only JSON and safetensors are read, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sloth.errors import CheckpointMismatch
+
+KEEP = 2
+
+_STEP = re.compile(r"step-(\d{6,})")
+_UNFINISHED = "step-*.tmp-*"
+_MANIFEST, _STATE = "manifest.json", "state.json"
+
+
+def write_checkpoint(
+    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write run/step-<step> whole or not at all; then drop all but the newest good two.
+
+    tensors: {"trainable": {name: tensor}, ...}, one file each. Raises OSError (disk full, no
+    permission), leaving earlier checkpoints as they were.
+    """
+    final = run / f"step-{step:06d}"
+    partial = run / f"{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, group in tensors.items():
+            on_cpu = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(on_cpu, partial / f"{name}.safetensors")
+        (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        mode = 0o666 & ~_umask()  # safetensors writes 0600
+        for file in partial.iterdir():
+            file.chmod(mode)
+        manifest = {file.name: _identity(file) for file in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if final.exists():  # a damaged one: a good one would have been resumed from
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync(run)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _prune(run)
+    return final
+
+
+def is_good(folder: Path) -> bool:
+    """Whether every file of the manifest is there, with its size and sha256."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return _STATE in manifest and all(
+            Path(name).name == name and _identity(folder / name) == identity
+            for name, identity in manifest.items()
+        )
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, good or not."""
+    if not run.is_dir():
+        return []
+    found = [path for path in run.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest_good(place: Path) -> Path | None:
+    """The checkpoint to resume from: `place` itself, or the newest good one in it. None without
+    any.
+
+    Raises CheckpointMismatch when there are checkpoints and none verifies.
+    """
+    candidates = [place] if _STEP.fullmatch(place.name) else checkpoints(place)
+    for folder in candidates:
+        if is_good(folder):
+            return folder
+    if candidates:
+        raise CheckpointMismatch(
+            f"no checkpoint in {place} verifies; damaged or incomplete: "
+            + ", ".join(folder.name for folder in candidates)
+        )
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a good checkpoint."""
+    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """One file of tensors, on the CPU."""
+    return load_file(folder / f"{name}.safetensors")
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what an earlier process left half written."""
+    for path in run.glob(_UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators a run draws from: the CPU's, and the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Undo `rng_tensors`; a run that moved to another kind of device keeps its own state there."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def copy_parameters(
+    parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: Path
+) -> None:
+    """Fill parameters from a checkpoint. Raises CheckpointMismatch, naming the first misfits."""
+    wrong = [f"missing {name}" for name in parameters if name not in stored]
+    wrong += [f"unexpected {name}" for name in stored if name not in parameters]
+    wrong += [
+        f"{name} is {list(stored[name].shape)} {stored[name].dtype}, the model has "
+        f"{list(parameter.shape)} {parameter.dtype}"
+        for name, parameter in parameters.items()
+        if name in stored
+        and (stored[name].shape != parameter.shape or stored[name].dtype != parameter.dtype)
+    ]
+    if wrong:
+        raise CheckpointMismatch(f"{source} is of another model: {'; '.join(wrong[:6])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _STEP.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _prune(run: Path) -> None:
+    good = 0
+    for folder in checkpoints(run):
+        if good >= KEEP:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif is_good(folder):
+            good += 1
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there, nor files synced read-only
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,225 @@
+"""`TrainConfig`: every setting of a training run. Keyword arguments, flags and YAML are three
+spellings of it.
+
+Needs no torch, so that `sloth train --help` is quick. Unknown keys are refused with the nearest
+known name, booleans are refused where a number is meant (YAML reads `yes` as one), and `lr: 2e-4`,
+which YAML 1.1 reads as text, is taken as the number it looks like.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sloth.lora_config import LoraConfig
+
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
+
+MAX_CONFIG_BYTES = 64 * 1024
+MAX_CONFIG_DEPTH = 16
+
+# What other trainers call these settings, for the "did you mean" of an unknown key.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler": "schedule",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "micro_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "max_grad_norm": "clip",
+    "output_dir": "output",
+    "eval_dataset": "eval_data",
+    "resume_from_checkpoint": "resume",
+    "load_in_4bit": "quant",
+}
+
+
+class TrainConfig(BaseModel):
+    """Settings of one run. Raises pydantic's ValidationError (a ValueError) for any that cannot be.
+
+    One optimizer step reads batch_size * grad_accum rows; the loss is divided by the trained
+    tokens of the whole step, so how the rows are split between the two changes memory only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    output: Path | None = Field(
+        default=None, description="Folder of the run; a new runs/<time> by default."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Optimizer steps at most.")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Passes over the data at most; 1 when max_steps is not given either.",
+    )
+    batch_size: int = Field(default=4, ge=1, description="Rows of one forward pass.")
+    grad_accum: int = Field(default=1, ge=1, description="Forward passes of one optimizer step.")
+    max_length: int = Field(
+        default=2048, ge=2, description="Tokens of a row at most; the rest is cut off."
+    )
+    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    schedule: Schedule = Field(default="linear", description="Learning rate after warm-up.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which the rate rises to its peak."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay, on matrices only.")
+    clip: float | None = Field(
+        default=1.0, gt=0, description="Largest gradient norm; None to not clip."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Of row order, dropout, new adapters.")
+    eval_data: Path | list[dict[str, Any]] | None = Field(
+        default=None, description="Held-out rows, evaluated at the end."
+    )
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Evaluate each so many steps, too."
+    )
+    save_steps: int | None = Field(
+        default=200, ge=1, description="Checkpoint each so many steps; None for the last step only."
+    )
+    resume: bool | Path = Field(
+        default=False,
+        description="Continue: True from the newest good checkpoint of output, or a folder.",
+    )
+    deterministic: bool = Field(
+        default=False, description="Only algorithms that give the same bits each run."
+    )
+    max_bad_steps: int = Field(
+        default=5,
+        ge=1,
+        description="Steps in a row with a NaN or infinite gradient that stop the run.",
+    )
+    lora: LoraConfig | None = Field(default=None, description="Adapter to attach before training.")
+    quant: Literal["nf4"] | None = Field(default=None, description="Load the model in 4 bits.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            refuse_unknown(values, cls.model_fields, "setting")
+            lora = values.get("lora")
+            if isinstance(lora, Mapping):
+                refuse_unknown(lora, LoraConfig.model_fields, "lora setting")
+        return values
+
+    @field_validator(
+        *("max_steps", "epochs", "batch_size", "grad_accum", "max_length", "lr", "warmup_steps"),
+        *("weight_decay", "clip", "seed", "eval_steps", "save_steps", "max_bad_steps"),
+        mode="before",
+    )
+    @classmethod
+    def _no_booleans(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("expected a number, got a boolean")
+        return value
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> TrainConfig:
+        if self.eval_steps is not None and self.eval_data is None:
+            raise ValueError(f"eval_steps={self.eval_steps} has no effect without eval_data")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as JSON types, less an evaluation on rows that were given in memory."""
+        unnamed = {"eval_data", "eval_steps"} if isinstance(self.eval_data, list) else None
+        return self.model_dump(mode="json", exclude=unnamed)
+
+
+def load_config(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The settings of a YAML file with `overrides` laid over it; `lora` is merged key by key.
+
+    Raises ValueError for a file that cannot be read as settings.
+    """
+    values = read_yaml(Path(path)) if path is not None else {}
+    for name, value in (overrides or {}).items():
+        below = values.get(name)
+        if name == "lora" and isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = {**below, **value}
+        values[name] = value
+    return TrainConfig(**values)
+
+
+def with_overrides(config: TrainConfig | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """`config` (or the defaults) with some settings replaced, validated again."""
+    base = config or TrainConfig()
+    return TrainConfig(
+        **{**{name: getattr(base, name) for name in TrainConfig.model_fields}, **overrides}
+    )
+
+
+def refuse_unknown(values: Iterable[Any], known: Iterable[str], kind: str) -> None:
+    """Raise ValueError for the first unknown name, with the nearest known one."""
+    names = list(known)
+    for value in values:
+        if value in names:
+            continue
+        near = _ELSEWHERE.get(str(value)) or next(
+            iter(difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)), None
+        )
+        hint = f"did you mean {near!r}?" if near in names else f"known: {', '.join(names)}"
+        raise ValueError(f"unknown {kind} {value!r}; {hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values: at most 64 KiB, no aliases (they can expand without bound).
+
+    Raises ValueError naming the file, and the line where there is one.
+    """
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist")
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"config file {path} has {size} bytes, more than {MAX_CONFIG_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = _line(event.start_mark)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(
+                    f"{path}:{line}: YAML aliases are not accepted; write the value out"
+                )
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_CONFIG_DEPTH:
+                raise ValueError(f"{path}:{line}: nested more than {MAX_CONFIG_DEPTH} deep")
+        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"config file {path} holds a {type(values).__name__}, expected `name: value`"
+        )
+    return values
+
+
+def _line(mark: Any) -> int:
+    """Line number of a YAML mark, from 1."""
+    return mark.line + 1
+
+
+def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise ValueError(f"{path}:{_line(key.start_mark)}: {name!r} is given twice")
+            seen.add(name)
+            _refuse_duplicates(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_duplicates(value, path)

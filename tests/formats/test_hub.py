@@ -1,0 +1,119 @@
+"""Names to files: aliases, paths, and the hub as a loopback server speaks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError
+
+from sloth.errors import UnknownModel
+from sloth.formats.hub import ALIASES, resolve
+from tests.formats.hub_server import COMMIT, TAGGED, serve
+from tests.oracles import save_tiny_llama
+
+# The hub library reads its settings at import, so each call runs in a process of its own.
+SCRIPT = """
+import json, sys, warnings
+import sloth
+from sloth.errors import SlothError
+name, revision = sys.argv[1], sys.argv[2] or None
+try:
+    model = sloth.load(name, revision=revision, device="cpu")
+    print(json.dumps({"name": model.name, "revision": model.revision}))
+except SlothError as error:
+    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = save_tiny_llama(tmp_path_factory.mktemp("hub") / "tiny")
+    (folder / "evil.py").write_text("raise SystemExit")
+    server = serve(folder)
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def load(address: str, cache: Path, name: str, revision: str = "", **more: str) -> dict:
+    environment = os.environ | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "0",
+        **more,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name, revision],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def test_repository_loads_with_its_commit_and_then_offline_from_the_cache(address, tmp_path):
+    found = load(address, tmp_path, "org/tiny")
+    assert found == {"name": "org/tiny", "revision": COMMIT}
+    assert load(address, tmp_path, "org/tiny", HF_HUB_OFFLINE="1") == found
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_a_revision_is_passed_through_and_resolved_to_its_commit(address, tmp_path):
+    assert load(address, tmp_path, "org/tiny", "v2")["revision"] == TAGGED
+    missing = load(address, tmp_path, "org/tiny", "v9")
+    assert missing["error"] == "UnknownModel" and "v9" in missing["text"]
+
+
+def test_gated_and_missing_repositories_say_what_to_do(address, tmp_path):
+    gated = load(address, tmp_path, "org/gated")
+    assert gated["error"] == "UnknownModel"
+    assert "gated" in gated["text"] and "hf auth login" in gated["text"]
+    missing = load(address, tmp_path, "org/nothing")
+    assert missing["error"] == "UnknownModel" and "not on the hub" in missing["text"]
+
+
+def test_offline_without_a_cache_is_a_clear_error(address, tmp_path):
+    found = load(address, tmp_path, "org/tiny", HF_HUB_OFFLINE="1")
+    assert found["error"] == "UnknownModel" and "local cache" in found["text"]
+
+
+def test_a_gated_alias_names_the_open_copy(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)  # made without the response it wraps
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UnknownModel, match=r"unsloth/Llama-3\.2-1B-unsloth-bnb-4bit"):
+        resolve("llama-3.2-1b")
+
+
+@pytest.mark.parametrize("typed", ["lama-3.2-1b", "llama-3.2-1b-instuct", "Llama 3.2 1B"])
+def test_misspelt_aliases_are_answered_with_the_nearest(typed):
+    with pytest.raises(UnknownModel, match=r"llama-3\.2-1b"):
+        resolve(typed)
+
+
+def test_aliases_are_plain_names_of_repositories():
+    for alias, (repository, open_copy) in ALIASES.items():
+        assert alias == alias.lower() and "/" not in alias
+        assert repository.count("/") == 1 and (open_copy is None or open_copy.count("/") == 1)
+
+
+def test_paths_win_over_names_and_take_no_revision(tmp_path):
+    assert resolve(str(tmp_path)).path == tmp_path
+    with pytest.raises(ValueError, match="revision"):
+        resolve(str(tmp_path), revision="main")
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(UnknownModel, match="gguf"):
+        resolve(str(tmp_path / "x.txt"))
+    with pytest.raises(UnknownModel, match="no folder"):
+        resolve(str(tmp_path / "gone.gguf"))

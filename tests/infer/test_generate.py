@@ -1,0 +1,140 @@
+"""Generation: greedy equals Hugging Face's, rows independent, stops, streaming, sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sloth
+from sloth.infer.generate import generate_tokens
+from sloth.infer.text import generate_text, is_batch, stream_text
+from tests.oracles import hf_model, save_tiny_llama
+
+PROMPTS = [[5, 9, 13, 40, 77], [8], [100, 101, 102], list(range(20, 50))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("generate") / "base")
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path):
+    return sloth.load(folder, device="cpu").network
+
+
+class LetterTokenizer:
+    """Token i is one letter; enough of a tokenizer for the text layer."""
+
+    stop_ids = (2,)
+    chat = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(token) for token in ids)
+
+
+def collect(network, prompts, count, **more) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in generate_tokens(network, prompts, count, **more):
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def test_greedy_tokens_equal_hugging_face(folder, network):
+    theirs = hf_model(folder)
+    for prompt, ours in zip(PROMPTS, collect(network, PROMPTS, 12), strict=True):
+        answer = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+        assert ours == answer[0, len(prompt) :].tolist()
+
+
+def test_a_row_does_not_depend_on_its_neighbours(network):
+    together = collect(network, PROMPTS, 10)
+    assert together == [collect(network, [prompt], 10)[0] for prompt in PROMPTS]
+
+
+def test_a_stop_id_ends_its_row_only(network):
+    free = collect(network, PROMPTS, 10)
+    stop = free[0][3]
+    stopped = collect(network, PROMPTS, 10, stop_ids=[stop])
+    for row, answer in zip(stopped, free, strict=True):
+        assert row == (answer[: answer.index(stop)] if stop in answer else answer)
+
+
+def test_nf4_generation_equals_its_own_logits_and_drops_the_dense_copy(folder):
+    network = sloth.load(folder, quant="nf4", device="cpu").network
+    answer = generate_text(network, LetterTokenizer(), ["abc"], 6, 0.0, [])[0]
+    tokens = [ord(letter) for letter in "abc"]
+    with torch.no_grad():
+        for letter in answer:
+            assert int(network(torch.tensor([tokens]))[0, -1].argmax()) == ord(letter)
+            tokens.append(ord(letter))
+    assert network.model.layers[0].mlp.up_proj.dense_cache is None
+
+
+def varied_prompt(network) -> tuple[str, str, str]:
+    """A prompt, its answer, and a stop text inside that does not begin it."""
+    for first in "abcdefghijklmnopqrstuvwxyz":
+        whole = generate_text(network, LetterTokenizer(), [first + "xq"], 12, 0.0, [])[0]
+        mark = whole[4:6]
+        if whole.find(mark) == 4 and len(set(whole)) > 3:
+            return first + "xq", whole, mark
+    raise AssertionError("every answer of the random model repeats itself; take another seed")
+
+
+def test_stop_texts_cut_the_answer(network):
+    prompt, whole, mark = varied_prompt(network)
+    assert generate_text(network, LetterTokenizer(), [prompt], 12, 0.0, [mark])[0] == whole[:4]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_streamed_pieces_join_to_the_same_answer(network, stops):
+    prompt, _, mark = varied_prompt(network)
+    marks = [mark] if stops else []
+    answer = generate_text(network, LetterTokenizer(), [prompt], 12, 0.0, marks)[0]
+    pieces = list(stream_text(network, LetterTokenizer(), prompt, 12, 0.0, marks))
+    assert "".join(pieces) == answer and len(pieces) > 1
+
+
+def test_sampling_follows_the_seed_and_temperature(network):
+    def sample(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return collect(network, PROMPTS, 8, temperature=1.5)
+
+    assert sample(1) == sample(1) != sample(2)
+    assert collect(network, PROMPTS, 8, temperature=1e-4) == collect(network, PROMPTS, 8)
+
+
+def test_dropout_is_off_while_generating_and_the_mode_returns(folder):
+    model = sloth.load(folder, device="cpu").add_lora(sloth.LoraConfig(dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.network.train()
+    answers = {
+        generate_text(model.network, LetterTokenizer(), ["ab"], 8, 0.0, [])[0] for _ in "123"
+    }
+    assert len(answers) == 1 and model.network.training
+
+
+def test_no_new_tokens_and_empty_prompts(network):
+    assert generate_text(network, LetterTokenizer(), ["abc"], 0, 0.0, []) == [""]
+    with pytest.raises(ValueError, match="no tokens"):
+        generate_text(network, LetterTokenizer(), [""], 4, 0.0, [])
+    with pytest.raises(ValueError, match="temperature"):
+        generate_text(network, LetterTokenizer(), ["a"], 4, -1.0, [])
+
+
+def test_kinds_of_prompt():
+    message = {"role": "user", "content": "hi"}
+    assert not is_batch("hi") and not is_batch([message])
+    assert is_batch(["a", "b"]) and is_batch([[message], [message]])

@@ -1,0 +1,194 @@
+"""Cases that run the Triton source itself on a CPU: the triton engine against the torch engine.
+
+`TRITON_INTERPRET=1` must be set before a kernel is defined and cannot be unset afterwards, so the
+cases run in a process of their own: test_triton_interpreter.py starts
+`python -m tests.kernels.interpreter_cases` once and reports every case as one test.
+
+ADD A CASE: write `def my_op(dtype: torch.dtype) -> None` here, decorate it with `@case`, and build
+inputs small (the interpreter runs one program at a time in numpy: thousands of elements, tens of
+programs). It runs in fp32 and in fp16; the interpreter's bf16 is wrong, so that is a GPU test.
+`compare(op, inputs)` is enough for most; otherwise raise AssertionError.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sloth.kernels.engine import INTERPRET, forced_engine
+from sloth.kernels.ops.add_rms_norm import add_rms_norm
+from sloth.kernels.ops.glu import glu
+from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
+from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
+from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_reference
+from sloth.kernels.ops.rope import rope
+from sloth.quant.nf4 import quantize_nf4
+from tests import tolerance
+from tests.kernels.common import (
+    Op,
+    assert_roundings_agree,
+    inner_strided,
+    nan_poisoned_empty,
+    non_contiguous,
+    outputs_and_gradients,
+    randn,
+)
+
+Case = Callable[[torch.dtype], None]
+CASES: dict[str, Case] = {}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def case(function: Case) -> Case:
+    """Register a case under its function's name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def compare(op: Op, inputs: Sequence[Tensor], needs: Sequence[bool] | None = None) -> None:
+    """Outputs and gradients of the two engines agree, each element written."""
+    with forced_engine("triton"), nan_poisoned_empty():
+        actual = outputs_and_gradients(op, inputs, needs)
+    with forced_engine("torch"):
+        expected = outputs_and_gradients(op, inputs, needs)
+    for ours, theirs in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+        if theirs is None:
+            assert ours is None
+            continue
+        assert ours is not None and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, **tolerance.same_maths(theirs.dtype))
+
+
+@case
+def rms_norm_cast_then_weight(dtype: torch.dtype) -> None:
+    x, weight = randn(2, 5, 100, dtype=dtype), randn(100, seed=1, dtype=dtype)
+    compare(partial(rms_norm, eps=1e-5), [x, weight])
+    compare(partial(rms_norm, eps=1e-5), [non_contiguous(x), weight])
+    compare(partial(rms_norm, eps=1e-5), [x, weight], needs=[True, False])
+
+
+@case
+def rms_norm_weight_then_cast(dtype: torch.dtype) -> None:
+    x, weight = randn(7, 63, dtype=dtype), randn(63, seed=1, dtype=dtype)
+    compare(partial(rms_norm, eps=1e-6, offset=1.0), [x, weight])
+    compare(partial(rms_norm, eps=1e-6, offset=1.0), [inner_strided(x), weight])
+
+
+@case
+def rms_norms_round_where_the_reference_does(dtype: torch.dtype) -> None:
+    delta, residual = randn(20, 63, dtype=dtype), randn(20, 63, seed=1, dtype=dtype)
+    weight = randn(63, seed=2, dtype=dtype)
+    for offset in (0.0, 1.0):
+        with forced_engine("triton"):
+            y = rms_norm(delta, weight, 1e-5, offset)
+            added_y, _ = add_rms_norm(delta, residual, weight, 1e-5, offset)
+        assert_roundings_agree(y, rms_norm_reference(delta, weight, 1e-5, offset))
+        joined = rms_norm_reference(delta + residual, weight, 1e-5, offset)
+        assert_roundings_agree(added_y, joined)
+
+
+@case
+def rms_norm_dweight_over_many_rows(dtype: torch.dtype) -> None:
+    # more rows than programs, so a program sums several
+    x, weight = randn(300, 17, dtype=dtype), randn(17, seed=1, dtype=dtype)
+    compare(partial(rms_norm, eps=1e-5), [x, weight])
+
+
+@case
+def add_rms_norm_both_families(dtype: torch.dtype) -> None:
+    delta, residual = randn(2, 3, 100, dtype=dtype), randn(2, 3, 100, seed=1, dtype=dtype)
+    weight = randn(100, seed=2, dtype=dtype)
+    for offset in (0.0, 1.0):
+        op = partial(add_rms_norm, eps=1e-5, offset=offset)
+        compare(op, [delta, residual, weight])
+        compare(op, [non_contiguous(delta), residual, weight], needs=[True, True, False])
+
+
+def rope_inputs(dtype: torch.dtype, batch: int, table_batch: int, head_dim: int) -> list[Tensor]:
+    q, k = randn(batch, 5, 3, head_dim, dtype=dtype), randn(batch, 5, 2, head_dim, dtype=dtype)
+    half = randn(table_batch, 5, head_dim // 2, seed=2)
+    return [q, k, torch.cat((half, half), -1).cos(), torch.cat((half, half), -1).sin()]
+
+
+@case
+def rope_strides_and_tables(dtype: torch.dtype) -> None:
+    needs = [True, True, False, False]
+    for batch, table_batch, head_dim in ((2, 1, 6), (2, 2, 34), (1, 1, 64)):
+        q, k, cos, sin = rope_inputs(dtype, batch, table_batch, head_dim)
+        compare(rope, [q, k, cos, sin], needs)
+        q_turned, k_turned = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+        compare(rope, [q_turned, k_turned, cos, sin], needs)
+        compare(rope, [inner_strided(q), non_contiguous(k), cos.to(dtype), sin.to(dtype)], needs)
+
+
+@case
+def rope_more_heads_than_a_tile(dtype: torch.dtype) -> None:
+    q, k = randn(1, 2, 9, 512, dtype=dtype), randn(1, 2, 5, 512, dtype=dtype)
+    angle = randn(1, 2, 512, seed=2)[..., :256].repeat(1, 1, 2)
+    compare(rope, [q, k, 1.3 * angle.cos(), 1.3 * angle.sin()], [True, True, False, False])
+
+
+@case
+def glu_both_activations(dtype: torch.dtype) -> None:
+    gate, up = randn(2, 3, 100, dtype=dtype), randn(2, 3, 100, seed=1, dtype=dtype)
+    stacked = randn(5, 126, seed=2, dtype=dtype)
+    wide = randn(2, 1030, seed=3, dtype=dtype)
+    for activation in ("silu", "gelu_tanh"):
+        op = partial(glu, activation=activation)
+        compare(op, [gate, up])
+        compare(op, [stacked[:, :63], stacked[:, 63:]])
+        compare(op, [inner_strided(gate), up], needs=[False, True])
+        compare(op, [10 * wide, wide])
+
+
+@case
+def cross_entropy_over_one_tile_and_several(dtype: torch.dtype) -> None:
+    for vocabulary in (63, 4096, 9001):
+        logits = 3 * randn(4, vocabulary, dtype=dtype)
+        labels = torch.tensor([0, vocabulary - 1, 5, 7])
+        for softcap in (None, 4.0):
+            for need_gradient in (True, False):
+                results = []
+                for engine in ("triton", "torch"):
+                    mine = logits.clone()
+                    with forced_engine(engine), nan_poisoned_empty():
+                        losses = cross_entropy_in_place(mine, labels, softcap, need_gradient)
+                    results.append((losses, mine))
+                for ours, theirs in zip(*results, strict=True):
+                    torch.testing.assert_close(ours, theirs, **tolerance.same_maths(ours.dtype))
+
+
+@case
+def nf4_dequantize_both_scale_forms(dtype: torch.dtype) -> None:
+    for shape in ((3, 64), (63, 100), (7, 9), (20, 512)):
+        for double_quant in (False, True):
+            weight = quantize_nf4(randn(*shape, dtype=dtype), double_quant)
+            with forced_engine("triton"), nan_poisoned_empty():
+                actual = nf4_dequantize(weight, dtype)
+            expected = nf4_dequantize_reference(weight, dtype)
+            torch.testing.assert_close(actual, expected, **tolerance.BIT_EXACT)
+
+
+def main() -> None:
+    """Run every case; print {"case-dtype": "" or the traceback} as one JSON line."""
+    assert INTERPRET, "set TRITON_INTERPRET=1"
+    torch.set_num_threads(1)
+    results = {}
+    for name, function in CASES.items():
+        for dtype_name, dtype in DTYPES.items():
+            try:
+                function(dtype)
+                results[f"{name}-{dtype_name}"] = ""
+            except Exception:
+                results[f"{name}-{dtype_name}"] = traceback.format_exc()
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

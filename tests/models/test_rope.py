@@ -1,0 +1,42 @@
+"""Rotary tables: right at long positions, in fp32, for every scaling type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sloth.models.rope import Rope, RopeParameters
+from tests.tolerance import ROPE_TABLE
+
+SCALINGS = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 8192},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_tables_are_right_at_positions_up_to_131072(name):
+    rope = Rope(RopeParameters.from_hf(SCALINGS[name], 5e5, 128, 131072))
+    positions = torch.tensor([[0, 1, 4095, 4096, 30000, 65537, 131071]])
+    cos, sin = rope.tables(positions, torch.float32)
+    angles = positions[..., None].double() * rope.frequencies.double()
+    angles = torch.cat((angles, angles), -1)
+    assert_close(cos.double(), angles.cos() * rope.attention_factor, **ROPE_TABLE)
+    assert_close(sin.double(), angles.sin() * rope.attention_factor, **ROPE_TABLE)
+
+
+def test_tables_in_bf16_are_the_fp32_ones_rounded_once():
+    rope = Rope(RopeParameters.from_hf(None, 1e4, 64, 2048))
+    positions = torch.arange(1000, 2000)[None]
+    wide, narrow = (rope.tables(positions, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(wide.bfloat16(), narrow)

@@ -1,0 +1,212 @@
+"""The shape of the package: imports go down, files stay small, nothing unsafe or heavy comes in.
+
+Read from the source with `ast`, so a breach inside a function counts too. Every failure says in a
+sentence what to move.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 400
+
+# Each group may import itself and the groups of earlier lines, except for FORBIDDEN below. A name
+# is a module or a package of sloth; names on one line may import one another.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("sloth",),  # __init__: names only, resolved on first use
+    ("sloth.errors", "sloth.lora_config", "sloth.dtypes"),
+    ("sloth.kernels",),
+    ("sloth.linear",),
+    ("sloth.quant",),
+    ("sloth.models",),
+    ("sloth.lora", "sloth.formats", "sloth.text"),
+    ("sloth.infer",),
+    ("sloth.train",),
+    ("sloth.assemble",),
+    ("sloth.exporting",),
+    ("sloth.model",),
+    ("sloth.loading",),
+    ("sloth.machine",),
+    ("sloth.cli",),
+)
+# Downward by the table, and still not allowed: (importer, imported, why).
+FORBIDDEN = (
+    ("sloth.models", "sloth.quant", "the projection class is handed in to the decoder"),
+    ("sloth.kernels.ops", "sloth.kernels.dispatch", "ops do not know about levels"),
+)
+
+ORACLES = {"transformers", "peft", "trl", "accelerate", "bitsandbytes"}
+RUNS_CODE_FROM_FILES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+BUILTINS_THAT_RUN_TEXT = {"eval", "exec", "compile", "__import__"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SLOTH = {module_name(path): path for path in python_files("sloth")}
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node except those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for other in node.orelse:
+                yield other
+                yield from runtime_nodes(other)
+            continue
+        yield node
+        yield from runtime_nodes(node)
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, module) of every import at run time, inside functions too."""
+    found: list[tuple[int, str]] = []
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the import in full"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.append((node.lineno, full if full in SLOTH else node.module or ""))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                found.append((node.lineno, str(node.args[0].value)))
+    return found
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer_of(module: str) -> int | None:
+    for index, names in reversed(list(enumerate(LAYERS))):
+        if any(is_within(module, name) for name in names if name != "sloth"):
+            return index
+    return 0 if module == "sloth" else None
+
+
+def layer_breaches(module: str, imported: str) -> str | None:
+    """A sentence about what is wrong with `module` importing `imported`, or None."""
+    if not is_within(imported, "sloth") or module == "sloth" or imported == module:
+        return None
+    own, other = layer_of(module), layer_of(imported)
+    for importer, target, why in FORBIDDEN:
+        if is_within(module, importer) and is_within(imported, target):
+            return f"{module} must not import {imported}: {why}"
+    assert own is not None and other is not None
+    if other > own:
+        return (
+            f"{module} imports {imported}, which stands above it; move what it needs down into "
+            f"{' or '.join(LAYERS[own])} or below, or hand it in as an argument"
+        )
+    return None
+
+
+@pytest.mark.parametrize("module", SLOTH)
+def test_every_module_has_a_layer(module: str) -> None:
+    assert layer_of(module) is not None, f"{module} is in no layer; add it to LAYERS in {__file__}"
+
+
+@pytest.mark.parametrize("module", SLOTH)
+def test_imports_go_down_only(module: str) -> None:
+    for line, imported in imports_of(SLOTH[module]):
+        breach = layer_breaches(module, imported)
+        assert breach is None, f"{SLOTH[module].relative_to(ROOT)}:{line}: {breach}"
+
+
+def test_the_rule_catches_each_kind_of_breach() -> None:
+    assert layer_breaches("sloth.models.llama", "sloth.quant.linear4bit")
+    assert layer_breaches("sloth.kernels.ops.glu", "sloth.linear")
+    assert layer_breaches("sloth.kernels.ops.glu", "sloth.kernels.dispatch")
+    assert layer_breaches("sloth.train.trainer", "sloth.model")
+    assert layer_breaches("sloth.model", "sloth.cli")
+    assert layer_breaches("sloth.model", "sloth.train.trainer") is None
+    assert layer_breaches("sloth.errors", "sloth.errors") is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    python_files("sloth", "tests", "tools", "examples", "benchmarks"),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_stay_small(path: Path) -> None:
+    count = len(path.read_text().splitlines())
+    name = path.relative_to(ROOT)
+    assert count <= MAX_LINES, f"{name} has {count} lines, over {MAX_LINES}; move a part of it out"
+
+
+def test_no_module_shares_a_public_functions_name() -> None:
+    """Importing a sub-module `sloth.load` would replace the function `sloth.load`."""
+    init = ast.parse(SLOTH["sloth"].read_text())
+    names = next(
+        ast.literal_eval(node.value)
+        for node in init.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    for name in set(names) - {"errors"}:
+        assert f"sloth.{name}" not in SLOTH, (
+            f"sloth/{name}.py would replace the public name sloth.{name} once imported; rename it"
+        )
+
+
+@pytest.mark.parametrize("module", SLOTH)
+def test_runtime_never_imports_the_oracles(module: str) -> None:
+    for line, imported in imports_of(SLOTH[module]):
+        assert imported.split(".")[0] not in ORACLES, (
+            f"{SLOTH[module].relative_to(ROOT)}:{line} imports {imported}; sloth runs without it, "
+            "move the use into a test"
+        )
+
+
+def test_only_oracles_py_imports_the_oracles() -> None:
+    for path in python_files("tests", "tools", "examples"):
+        if path == ROOT / "tests" / "oracles.py":
+            continue
+        for line, imported in imports_of(path):
+            assert imported.split(".")[0] not in ORACLES, (
+                f"{path.relative_to(ROOT)}:{line} imports {imported}; move it into tests/oracles.py"
+            )
+
+
+@pytest.mark.parametrize("module", SLOTH)
+def test_nothing_runs_code_from_files(module: str) -> None:
+    path = SLOTH[module]
+    where = path.relative_to(ROOT)
+    for line, imported in imports_of(path):
+        assert imported.split(".")[0] not in RUNS_CODE_FROM_FILES, (
+            f"{where}:{line} imports {imported}, which runs code from files; use safetensors"
+        )
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in BUILTINS_THAT_RUN_TEXT, (
+            f"{where}:{node.lineno} calls {called}; write the code out instead"
+        )
+        assert called not in {"torch.load", "torch.save", "os.system", "os.popen"}, (
+            f"{where}:{node.lineno} calls {called}; use safetensors, JSON, or subprocess and a list"
+        )
+        for keyword in node.keywords:
+            is_shell = keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
+            assert not is_shell, f"{where}:{node.lineno} starts a shell; give subprocess a list"
+
+
+@pytest.mark.parametrize("module", sorted(set(SLOTH) - {"sloth.text.chat"}))
+def test_templates_are_rendered_in_one_place(module: str) -> None:
+    for line, imported in imports_of(SLOTH[module]):
+        assert imported.split(".")[0] != "jinja2", (
+            f"{SLOTH[module].relative_to(ROOT)}:{line} imports jinja2; templates come unchecked, "
+            "so render them with sloth.text.chat, which holds the only sandbox"
+        )

@@ -1,0 +1,214 @@
+"""LoRA on a network: targets, freezing, PEFT equality in both directions, merge, switching off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.testing import assert_close
+
+import sloth
+from sloth import errors
+from sloth.lora import adapter_disabled, count_parameters, merged_weight, projections
+from tests.oracles import hf_logits, peft_model, save_peft_adapter, save_tiny_llama
+from tests.tolerance import FP32_ADAPTER, FP32_CHAIN, FP32_MERGE
+
+TOKENS = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("lora") / "base")
+
+
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lora_tied")
+    return save_tiny_llama(root / "base", tie_word_embeddings=True)
+
+
+def randomised(model: sloth.Model) -> sloth.Model:
+    """Give the adapter weights that show: B starts at zero, so a fresh adapter changes nothing."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * (0.1 if "lora" in name else 0.02))
+    return model
+
+
+def logits(model: sloth.Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(TOKENS)
+
+
+CONFIGS = {
+    "all": dict(),
+    "by_name": dict(targets=["q_proj", "down_proj"], r=4),
+    "regex": dict(targets=r"model\.layers\.[02]\..*(k|gate)_proj"),
+    "layers": dict(targets=["v_proj", "o_proj"], layers=[1, 3]),
+    "excluded": dict(exclude=["up_proj", r"model.layers.0.self_attn.q_proj"]),
+    "patterns": dict(
+        r=8, alpha=12, rank_pattern={"q_proj": 2, r"layers.1.mlp.*": 5}, alpha_pattern={"q_proj": 3}
+    ),
+    "rslora": dict(r=9, alpha=6, use_rslora=True),
+    "head": dict(targets=["q_proj", "lm_head"]),
+    "saved_modules": dict(targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "saved_head": dict(modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_adapter_gives_the_same_logits_in_peft(folder, tmp_path, name):
+    model = sloth.load(folder, device="cpu")
+    randomised(model.add_lora(sloth.LoraConfig(**CONFIGS[name])))
+    model.save_adapter(tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = peft_model(folder, tmp_path / "adapter")(TOKENS).logits
+    assert_close(logits(model), theirs, **FP32_ADAPTER)
+    assert not torch.allclose(theirs, hf_logits(folder, TOKENS))
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_model_trained_apart_is_untied_and_agrees_with_peft(tied_folder, tmp_path, saved):
+    model = sloth.load(tied_folder, device="cpu")
+    config = sloth.LoraConfig(targets=["v_proj"], modules_to_save=saved)
+    randomised(model.add_lora(config)).save_adapter(tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = peft_model(tied_folder, tmp_path / "adapter")(TOKENS).logits
+    assert_close(logits(model), theirs, **FP32_ADAPTER)
+    model.save_merged(tmp_path / "merged")
+    assert_close(hf_logits(tmp_path / "merged", TOKENS), theirs, **FP32_CHAIN)
+    model.save_base(tmp_path / "base")
+    assert_close(hf_logits(tmp_path / "base", TOKENS), hf_logits(tied_folder, TOKENS), **FP32_CHAIN)
+
+
+PEFT_SETTINGS = {
+    "list": dict(target_modules=["q_proj", "up_proj"], r=4, lora_alpha=8),
+    "all_linear": dict(target_modules="all-linear", r=4, lora_alpha=8),
+    "regex": dict(target_modules=r".*\.self_attn\.[kv]_proj", r=4, lora_alpha=8),
+    "layers": dict(target_modules=["q_proj"], layers_to_transform=[0, 2], r=4, lora_alpha=8),
+    "patterns": dict(
+        target_modules=["q_proj", "k_proj"],
+        r=4,
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"q_proj": 1},
+    ),
+    "rslora": dict(target_modules=["o_proj"], r=4, lora_alpha=8, use_rslora=True),
+    "head_saved": dict(target_modules=["o_proj"], r=4, modules_to_save=["lm_head"]),
+    "excluded": dict(target_modules="all-linear", exclude_modules=["up_proj"], r=2),
+}
+
+
+@pytest.mark.parametrize("name", PEFT_SETTINGS)
+def test_adapter_written_by_peft_gives_the_same_logits_here(folder, tmp_path, name):
+    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS[name])
+    model = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    with torch.no_grad():
+        assert_close(logits(model), theirs(TOKENS).logits, **FP32_ADAPTER)
+    assert any(p.requires_grad for p in model.network.parameters())
+
+
+def test_merge_equals_peft_merge_and_unload(folder, tmp_path):
+    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS["all_linear"])
+    model = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    for path, module in projections(model.network).items():
+        assert_close(merged_weight(module), merged[f"{path}.weight"].data, **FP32_MERGE)
+
+
+def test_attaching_freezes_the_base_and_starts_at_zero_change(folder):
+    model = sloth.load(folder, device="cpu")
+    before = logits(model)
+    model.add_lora(sloth.LoraConfig(r=4))
+    assert_close(logits(model), before, **FP32_CHAIN)
+    trainable = {name for name, p in model.network.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    module = model.network.model.layers[0].self_attn.q_proj
+    assert module.lora_A.weight.shape == (4, 64) and module.lora_B.weight.shape == (128, 4)
+    assert module.lora_A.weight.dtype == torch.float32
+    total, trained = count_parameters(model.network)
+    assert trained == sum(p.numel() for p in model.network.parameters() if p.requires_grad) < total
+
+
+def test_switched_off_adapter_leaves_the_base(folder):
+    model = randomised(sloth.load(folder, device="cpu").add_lora())
+    base = logits(sloth.load(folder, device="cpu"))
+    with adapter_disabled(model.network):
+        assert_close(logits(model), base, **FP32_CHAIN)
+    assert not torch.allclose(logits(model), base)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(targets=["nothing"]),
+        dict(targets=["q_proj", "typo_proj"]),
+        dict(targets="("),
+        dict(targets=["embed_tokens"]),
+        dict(layers=[99]),
+        dict(exclude=r".*"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused_with_what_exists(folder, config):
+    with pytest.raises(errors.NoTargets) as caught:
+        sloth.load(folder, device="cpu").add_lora(sloth.LoraConfig(**config))
+    if config.get("targets") != "(":
+        assert "q_proj" in str(caught.value)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(folder):
+    model = sloth.load(folder, device="cpu")
+    with pytest.raises(errors.NoTargets):
+        model.add_lora(sloth.LoraConfig(targets=["nothing"]))
+    assert all(parameter.requires_grad for parameter in model.network.parameters())
+
+
+def test_a_second_adapter_is_refused(folder):
+    model = sloth.load(folder, device="cpu").add_lora()
+    with pytest.raises(errors.AdapterMismatch):
+        model.add_lora()
+
+
+def test_adapter_for_another_base_is_refused(folder, tmp_path):
+    other = save_tiny_llama(tmp_path / "other", hidden_size=32, num_hidden_layers=2)
+    sloth.load(other, device="cpu").add_lora().save_adapter(tmp_path / "adapter")
+    with pytest.raises(errors.AdapterMismatch, match="another base"):
+        sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
+
+
+def test_saving_without_an_adapter_is_refused(folder, tmp_path):
+    with pytest.raises(errors.AdapterMismatch):
+        sloth.load(folder, device="cpu").save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("bad", [dict(r=0), dict(dropout=1.0), dict(rank=4), dict(alpha=True)])
+def test_lora_config_refuses_nonsense(bad):
+    with pytest.raises(ValidationError):
+        sloth.LoraConfig(**bad)
+
+
+@pytest.mark.parametrize("level", ["reference", "ops", "auto"])
+def test_adapter_gradients_match_peft(folder, tmp_path, level):
+    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS["all_linear"])
+    model = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu", level=level)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    expected = theirs(TOKENS, labels=TOKENS).loss
+    expected.backward()
+    loss = model.loss(TOKENS, TOKENS)
+    loss.backward()
+    assert_close(loss, expected, **FP32_CHAIN)
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if "lora_" in name
+    }
+    trainable = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
+    assert trainable.keys() == gradients.keys()
+    for name, parameter in trainable.items():
+        assert_close(parameter.grad, gradients[name], **FP32_CHAIN)

@@ -1,0 +1,101 @@
+"""Every numeric tolerance of the test suite, with its reason. No test carries a literal one.
+
+Use as `torch.testing.assert_close(actual, expected, **tolerance.FP32_SAME_MATHS)`, or call the
+function of the budget. Add yours at the end: a name that says what is compared, and why the number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Tolerance = dict[str, Any]  # keywords of torch.testing.assert_close
+
+# Two fp32 evaluations of the same formula that differ in summation order: a row sum of up to a few
+# thousand terms of size 1 errs by some 1e-6, and a normalised gradient passes through two of them.
+FP32_SAME_MATHS: Tolerance = {"rtol": 1e-5, "atol": 2e-6}
+
+# Both sides compute in fp32 and round once to fp16, so they may land on neighbouring values: one
+# unit in the last place is 2^-10 relative. The atol covers results near zero after a cancellation.
+FP16_ONE_ULP: Tolerance = {"rtol": 2.0**-10, "atol": 1e-5}
+
+# The same computation on the same numbers: only the memory layout or the extent differs.
+BIT_EXACT: Tolerance = {"rtol": 0.0, "atol": 0.0}
+
+# Share of half-precision results on which two engines may differ though they round in the same
+# places: their fp32 values differ by an ulp or two, which crosses a rounding boundary of fp16 in
+# 2^-12 of the elements. Rounding in another place changes a tenth of them or more.
+FLIPPED_ROUNDINGS = 0.01
+
+# fp64 evaluations of one formula in different orders.
+FP64_SAME_MATHS: Tolerance = {"rtol": 1e-11, "atol": 1e-12}
+
+# A fast kernel computes in fp32 and rounds once, where the eager formula rounds after every
+# operation, so its error against truth should be the smaller one. The factor leaves room for luck:
+# the largest error over a tensor is one element's, and summation order moves it.
+KERNEL_ERROR_FACTOR = 1.5
+
+# In fp32 eager itself rounds to fp32 and calls exp and rsqrt of the maths library, where a kernel
+# uses the GPU's approximate instructions: about two units in the last place against half a one.
+FP32_KERNEL_ERROR_FACTOR = 4.0
+
+
+def kernel_error_factor(dtype: torch.dtype) -> float:
+    """How many times eager's error against truth a kernel that stores `dtype` may have."""
+    return FP32_KERNEL_ERROR_FACTOR if dtype == torch.float32 else KERNEL_ERROR_FACTOR
+
+
+def one_rounding(dtype: torch.dtype, largest: float) -> float:
+    """Half a unit in the last place at `largest`: no result stored in `dtype` can promise less."""
+    return torch.finfo(dtype).eps / 2 * largest
+
+
+def same_maths(dtype: torch.dtype) -> Tolerance:
+    """Two engines that compute in fp32 (or wider) and store `dtype`."""
+    if dtype == torch.float64:
+        return FP64_SAME_MATHS
+    return FP32_SAME_MATHS if dtype == torch.float32 else FP16_ONE_ULP
+
+
+# Whole tiny models in fp32 with another order of operations than Hugging Face's eager mode:
+# measured 3e-6 to 7e-6 on logits of size 1; gradients pass through the chain twice.
+FP32_CHAIN = {"rtol": 2e-4, "atol": 2e-5}
+
+# Angles are fp32, so at position p an angle errs by up to p * 2^-24 turns of a radian, and cos and
+# sin by no more; 131072 is the longest context tested.
+ROPE_TABLE = {"rtol": 0.0, "atol": 131072 * 2.0**-24 * 1.5}
+
+# The issue's bar for an adapter in PEFT and here: fp32 logits of size 1 within 1e-5.
+FP32_ADAPTER = {"rtol": 1e-5, "atol": 1e-5}
+
+# W + s B A in fp32 on both sides; only the order of the product's sums differs.
+FP32_MERGE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+# One step split into micro-batches against the same step whole, in fp32: the promise of issue and
+# README.
+ACCUMULATION = {"rtol": 1e-6, "atol": 1e-6}
+
+# Closed formulas in Python floats, evaluated in another order.
+FLOAT64_ROUNDING = 1e-12
+
+# The mean of 220,000 values 0 or 1 / 0.6, whose deviation is 0.8 / 470: five of them.
+DROPOUT_MEAN = {"rtol": 0.0, "atol": 0.01}
+
+# The mean over hundreds of rows of losses near 12, each off by the rounding of its logits, of size
+# up to 5, to bf16 (2^-9 * 5 = 0.01): 0.01 / sqrt(400) / 12 = 4e-5, five times that.
+MEAN_LOSS_OF_16_BIT_LOGITS = {"rtol": 2e-4, "atol": 0.0}
+
+# One bf16 gradient computed twice with atomic adds: the order of fp32 sums moves it by one
+# rounding.
+BF16_ATOMIC_SUMS = {"rtol": 2.0**-7, "atol": 2.0**-7}
+
+
+def attention_error_factor(dtype: torch.dtype) -> float:
+    """How many times eager's error the flash back ends may have: 2.6 was seen, 11 in fp32 (H200).
+
+    They take the row sum of the backward from the rounded O, eager from its probabilities; and one
+    query over three keys costs eager almost no error in fp32 (5e-8), a flash kernel's exp2 5e-7.
+    """
+    return 16.0 if dtype == torch.float32 else 4.0

@@ -1,0 +1,93 @@
+"""The live line on a terminal, the lines elsewhere, and the loss picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+from rich.console import Console
+
+from sloth.train.log import RunLog, StepRecord
+from sloth.train.plot import plot_losses
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def record(step, **changes):
+    values = {
+        "epoch": 0.5,
+        "loss": 1.25,
+        "lr": 2e-4,
+        "grad_norm": 0.5,
+        "tokens": 100,
+        "trained_tokens": 40,
+        "seconds": 0.5,
+        "memory_bytes": 2**30,
+        "skipped": False,
+    }
+    return StepRecord(step=step, **{**values, **changes})
+
+
+def logged(tmp_path, records, num_steps, first_step=0, **console):
+    out = io.StringIO()
+    shown = Console(file=out, width=120, soft_wrap=True, **console)
+    with RunLog(tmp_path / "metrics.jsonl", first_step, num_steps, shown) as log:
+        for one in records:
+            log.step(one)
+        log.evaluation(num_steps, 0.75)
+    return out.getvalue()
+
+
+def test_plain_line_shows_every_number(tmp_path):
+    out = logged(tmp_path, [record(1)], 3)
+    line = "step 1/3  loss 1.2500  lr 2.00e-04  grad 0.500  200 tok/s  1.00 GiB  ETA 0:00"
+    assert out.splitlines() == [line, "step 3/3  eval loss 0.7500"]
+
+
+def test_terminal_gets_a_live_line(tmp_path):
+    out = logged(tmp_path, [record(1), record(2)], 2, force_terminal=True)
+    assert "\x1b[" in out and "step 2/2" in out and "200 tok/s" in out and "ETA" in out
+
+
+def test_long_runs_print_about_a_hundred_lines_and_log_every_step(tmp_path):
+    out = logged(tmp_path, [record(step) for step in range(1, 2001)], 2000)
+    assert 100 <= len(out.splitlines()) <= 103
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2001
+
+
+def test_metrics_are_strict_json_and_a_resume_drops_later_lines(tmp_path):
+    def strict(text):
+        raise AssertionError(text)
+
+    first = [record(1), record(2, loss=math.nan, skipped=True, rows=[4]), record(3)]
+    logged(tmp_path, first, 4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')  # cut by a kill
+    logged(tmp_path, [record(3, loss=9.0), record(4)], 4, first_step=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=strict) for line in lines]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
+    assert [row.get("loss") for row in rows] == [1.25, None, 9.0, 1.25, None]
+    assert rows[1]["rows"] == [4] and rows[-1] == {"event": "eval", "step": 4, "eval_loss": 0.75}
+
+
+def test_picture_has_both_curves_and_a_gap_where_a_loss_is_not_finite(tmp_path):
+    paths = plot_losses(tmp_path, [3.0, math.nan, 2.0, 1.0, math.inf, 0.5], {2: 2.5, 6: 1.0})
+    root = ElementTree.parse(paths["loss_svg"]).getroot()
+    lines = root.findall(f"{SVG}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [2, 2]
+    assert len(root.findall(f"{SVG}circle")) == 2
+    for line in lines:
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= 720 and 0 <= y <= 400
+    assert ("loss_png" in paths) == (importlib.util.find_spec("matplotlib") is not None)
+    assert all(path.stat().st_size for path in paths.values())
+
+
+def test_picture_of_one_step_or_none_is_valid(tmp_path):
+    for losses in ([], [1.0], [math.nan], [2.0, 2.0]):
+        ElementTree.parse(plot_losses(tmp_path, losses, {})["loss_svg"])

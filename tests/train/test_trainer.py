@@ -1,0 +1,311 @@
+"""The loop: what one step computes, what is refused, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+from sloth.errors import AdapterMismatch, DataError, NonFiniteGradients, OutputExists
+from sloth.lora_config import LoraConfig
+from sloth.train.config import load_config
+from sloth.train.data import StepPlan, collate, load_data
+from sloth.train.optim import build_optimizer, set_learning_rate, trainable
+from sloth.train.trainer import Trainer
+from tests import tolerance
+from tests.train.fakes import ROWS, FakeModel
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run"
+
+
+def events(output, event):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def poison(model, steps):
+    """Make the gradient of the 0-based `steps` infinite, counting optimizer steps by loss calls."""
+    calls, plain = [], model.loss
+
+    def loss(*args, **kwargs):
+        value = plain(*args, **kwargs)
+        calls.append(1)
+        return value * math.inf if len(calls) - 1 in steps else value
+
+    model.loss = loss
+
+
+def test_step_equals_a_plain_loop_written_out(output):
+    model, twin = FakeModel(), FakeModel()
+    report = Trainer(
+        model,
+        ROWS,
+        output=output,
+        max_steps=4,
+        batch_size=3,
+        lr=0.01,
+        clip=0.5,
+        warmup_steps=2,
+        seed=5,
+    ).run()
+    data = load_data(ROWS, twin.tokenizer, 2048)
+    plan = StepPlan.of(len(data.examples), 3, 1, 5, 4, None)
+    optimizer = build_optimizer(trainable(twin.network), 0.01, 0.01)
+    losses = []
+    for step, rate in enumerate((0.005, 0.01, 0.01, 0.005)):
+        batch = collate([data.examples[row] for row in plan.rows(step)], 1)
+        loss = twin.loss(batch.tokens, batch.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.network.parameters(), 0.5)
+        set_learning_rate(optimizer, rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    torch.testing.assert_close(report.losses, losses, **tolerance.FP32_SAME_MATHS)
+    assert report.losses[-1] < report.losses[0]
+
+
+def test_splitting_a_step_into_micro_batches_changes_nothing(output):
+    """8x1, 4x2 and 1x8: losses, gradient norms, weights (row 1 of the failure table)."""
+    results = []
+    for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
+        model = FakeModel()
+        folder = output / str(batch_size)
+        report = Trainer(
+            model,
+            ROWS,
+            output=folder,
+            max_steps=1,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            clip=None,
+        ).run()
+        norms = [row["grad_norm"] for row in events(folder, "step")]
+        results.append((report.losses, norms))
+    for losses, norms in results[1:]:
+        torch.testing.assert_close(losses, results[0][0], **tolerance.ACCUMULATION)
+        torch.testing.assert_close(norms, results[0][1], **tolerance.ACCUMULATION)
+
+
+def test_split_gradients_agree_parameter_by_parameter():
+    model = FakeModel()
+    data = load_data(ROWS, model.tokenizer, 2048)
+    gradients = []
+    for batch_size, grad_accum in ((8, 1), (4, 2), (1, 8)):
+        plan = StepPlan.of(len(data.examples), batch_size, grad_accum, 0, 1, None)
+        batches = [collate([data.examples[i] for i in rows], 1) for rows in plan.micro_batches(0)]
+        num_trained = sum(batch.num_trained for batch in batches)
+        model.network.zero_grad()
+        for batch in batches:
+            model.loss(batch.tokens, batch.labels, num_trained=num_trained).backward()
+        gradients.append([p.grad.clone() for p in model.network.parameters()])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], **tolerance.ACCUMULATION)
+
+
+def test_evaluation_does_not_depend_on_batch_size_and_is_reported(output):
+    reports = [
+        Trainer(
+            FakeModel(),
+            ROWS,
+            output=output / str(size),
+            max_steps=3,
+            batch_size=size,
+            grad_accum=8 // size,
+            eval_data=ROWS[:5],
+            eval_steps=2,
+            lora=LoraConfig(r=2, dropout=0.0),
+        ).run()
+        for size in (8, 1)
+    ]
+    assert list(reports[0].eval_losses) == [2, 3]
+    for step in (2, 3):
+        torch.testing.assert_close(
+            reports[0].eval_losses[step], reports[1].eval_losses[step], **tolerance.FP32_SAME_MATHS
+        )
+    assert [row["eval_loss"] for row in events(output / "8", "eval")] == list(
+        reports[0].eval_losses.values()
+    )
+
+
+def test_evaluation_leaves_training_as_it_was(output):
+    settings = {"max_steps": 4, "batch_size": 2, "lora": LoraConfig(r=2, dropout=0.5)}
+    plain = Trainer(FakeModel(), ROWS, output=output / "a", **settings).run()
+    looked = Trainer(
+        FakeModel(), ROWS, output=output / "b", eval_data=ROWS, eval_steps=1, **settings
+    ).run()
+    assert plain.losses == looked.losses
+
+
+def test_infinite_gradient_skips_the_step_and_is_counted(output):
+    model = FakeModel()
+    before = {name: p.clone() for name, p in model.network.named_parameters()}
+    poison(model, {0})
+    report = Trainer(model, ROWS, output=output, max_steps=1, batch_size=4).run()
+    assert report.skipped == 1 and math.isinf(report.losses[0])
+    for name, parameter in model.network.named_parameters():
+        assert torch.equal(parameter, before[name])
+    (row,) = events(output, "step")
+    assert row["skipped"] and row["loss"] is None and len(row["rows"]) == 4
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(output):
+    model = FakeModel()
+    poison(model, {1, 3, 4, 5})  # one alone does not stop it
+    with pytest.raises(NonFiniteGradients, match=r"3 steps in a row.*step-000004, is good"):
+        Trainer(
+            model, ROWS, output=output, max_steps=9, batch_size=2, save_steps=2, max_bad_steps=3
+        ).run()
+    assert all(torch.isfinite(p).all() for p in model.network.parameters())
+    resumed = Trainer(
+        FakeModel(), ROWS, output=output, max_steps=9, batch_size=2, save_steps=2, resume=True
+    ).run()
+    assert len(resumed.losses) == 9 and resumed.skipped == 2
+
+
+def test_run_leaves_what_the_report_names(output):
+    model = FakeModel()
+    report = Trainer(model, ROWS, output=output, max_steps=3, eval_data=ROWS[:2]).run()
+    assert set(report.paths) >= {"output", "config", "metrics", "loss_svg", "model", "checkpoint"}
+    assert all(path.exists() for path in report.paths.values())
+    assert model.calls == ["merged"]
+    assert len(report.losses) == 3 and report.seconds > 0
+    assert report.tokens == sum(row["tokens"] for row in events(output, "step"))
+    svg = ElementTree.parse(report.paths["loss_svg"]).getroot()
+    assert len(svg.findall("{http://www.w3.org/2000/svg}polyline")) == 1
+    assert load_config(report.paths["config"]).max_steps == 3
+
+
+def test_default_output_is_a_new_folder_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {Trainer(FakeModel(), ROWS, max_steps=1).run().paths["output"] for _ in range(2)}
+    assert len(folders) == 2 and {folder.parent.name for folder in folders} == {"runs"}
+
+
+def test_output_with_files_is_refused_and_left_alone(output):
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    with pytest.raises(OutputExists, match="not empty"):
+        Trainer(FakeModel(), ROWS, output=output, max_steps=1).run()
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+
+
+def test_nf4_model_without_adapter_gets_one_and_says_so(output, capsys):
+    model = FakeModel(is_quantized=True)
+    report = Trainer(model, ROWS, output=output, max_steps=1, quant="nf4").run()
+    assert model.lora_config == LoraConfig() and model.calls == ["adapter"]
+    assert report.paths["adapter"] == output / "adapter"
+    assert "attached LoRA r=16" in capsys.readouterr().out
+
+
+def test_lora_setting_attaches_to_a_dense_model_and_trains_only_it(output):
+    model = FakeModel()
+    before = model.network.lm_head.weight.clone()
+    Trainer(model, ROWS, output=output, max_steps=2, lora=LoraConfig(r=3)).run()
+    assert model.network.q_proj.lora_A.weight.shape[0] == 3
+    assert model.network.q_proj.lora_B.weight.any()
+    assert torch.equal(model.network.lm_head.weight, before)
+
+
+def test_settings_that_cannot_take_effect_are_refused():
+    with pytest.raises(ValueError, match=r"loaded dense; use sloth.load\('fake', quant='nf4'\)"):
+        Trainer(FakeModel(), ROWS, quant="nf4")
+    with pytest.raises(AdapterMismatch, match="already has an adapter"):
+        Trainer(FakeModel().add_lora(LoraConfig(r=2)), ROWS, lora=LoraConfig(r=3))
+    with pytest.raises(DataError, match="max_length=4"):
+        Trainer(FakeModel(), ROWS, max_length=4)
+
+
+def test_frozen_model_is_refused(output):
+    model = FakeModel()
+    model.network.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter.*add_lora"):
+        Trainer(model, ROWS, output=output).run()
+
+
+def test_run_leaves_global_state_as_it_was(output):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model = FakeModel()
+    model.network.eval()
+    seen = []
+    plain = model.loss
+    model.loss = lambda *a, **k: (
+        seen.append((model.network.training, torch.are_deterministic_algorithms_enabled()))
+        or plain(*a, **k)
+    )
+    Trainer(model, ROWS, output=output, max_steps=1, deterministic=True).run()
+    assert seen == [(True, True)]
+    assert torch.equal(torch.rand(3), expected)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not model.network.training
+    assert all(p.grad is None for p in model.network.parameters())
+
+
+def test_terminal_shows_data_counts_and_one_masked_row(output, capsys):
+    Trainer(FakeModel(), ROWS[:1], output=output, max_steps=2).run()
+    out = capsys.readouterr().out
+    assert "1 rows (1 messages): 1 examples" in out
+    assert "<|start|>assistant\n[+yo<|end|>+]" in out
+    assert "step 1/2  loss" in out and "step 2/2  loss" in out
+
+
+BASE = {"max_steps": 4, "batch_size": 2, "grad_accum": 2, "save_steps": 2, "eval_steps": 2}
+CHANGES = {
+    "output": None,  # compared by path below
+    "max_steps": 3,
+    "epochs": 0.5,
+    "batch_size": 1,
+    "grad_accum": 1,
+    "max_length": 30,
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.9,
+    "clip": 0.01,
+    "seed": 1,
+    "eval_data": ROWS[3:],
+    "eval_steps": 3,
+    "save_steps": 3,
+    "lora": LoraConfig(r=2),
+}
+
+
+def outcome(folder, monkeypatch, **changes):
+    """Everything a run shows: losses, rates, weights, evaluations, checkpoints."""
+    monkeypatch.chdir(folder.parent)
+    model = FakeModel()
+    settings = {**BASE, "output": folder, "lr": 1e-2, "eval_data": ROWS[:3], **changes}
+    report = Trainer(model, ROWS, **settings).run()
+    folder = report.paths["output"]
+    shown = {
+        "lr": [row["lr"] for row in events(folder, "step")],
+        "losses": report.losses,
+        "eval": report.eval_losses,
+        "saved": sorted(path.name for path in folder.glob("step-*")),
+        "weights": [p.double().sum().item() for p in model.network.parameters()],
+        "tokens": report.tokens,
+    }
+    return folder, shown
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_changes_a_run(name, tmp_path, monkeypatch):
+    """Row 21. resume, deterministic, quant and max_bad_steps have tests of their own."""
+    folder, before = outcome(tmp_path / "a", monkeypatch)
+    other, after = outcome(tmp_path / "b", monkeypatch, **{name: CHANGES[name]})
+    if name == "output":
+        assert other.parent.name == "runs"
+    else:
+        assert before != after
+
+
+def test_same_settings_give_the_same_run(tmp_path, monkeypatch):
+    assert outcome(tmp_path / "a", monkeypatch)[1] == outcome(tmp_path / "b", monkeypatch)[1]

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ CHECKED_ANSWERS = 10
 # instead of adding two products: fp32 moves the last digits, 16 bits also round each weight.
 ALLOWED_ADAPTER = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ALLOWED_MERGED = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# Least share of answers equal to the last character. Greedy decoding turns a rounding difference
+# into another text where two tokens are about equally likely: in 16 bits, now and then.
+LEAST_EQUAL = {torch.float32: 1.0, torch.bfloat16: 0.8, torch.float16: 0.8}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a model loaded again compares with the one that was saved."""
+
+    name: str
+    error: float
+    limit: float
+    equal_answers: float
+    least_equal: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is the same model; NaN is not."""
+        return self.error <= self.limit and self.equal_answers >= self.least_equal
+
+    def __str__(self) -> str:
+        return (
+            f"logits within {self.error:.1e} (allowed {self.limit:.0e}), "
+            f"{100 * self.equal_answers:.0f}% of answers equal"
+        )
+
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -79,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output=output / "run",
             max_steps=flags.steps,
             batch_size=flags.batch_size,
-            lr=1e-3,
+            lr=1.5e-3,
             warmup_steps=min(5, flags.steps // 2),
             schedule="linear",
             save_steps=None,
@@ -103,10 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     checked = held_out[:CHECKED_ANSWERS]
     agreements = []
     with timed(times, "reload and compare"):
+        expected = answer(model, checked)
         again = sloth.load(folders["base"], adapter=folders["adapter"])
-        agreements.append(compare("base + adapter", model, again, checked, ALLOWED_ADAPTER))
+        agreements.append(compare("base + adapter", model, again, checked, expected))
         again = sloth.load(folders["merged"])
-        agreements.append(compare("merged", model, again, checked, ALLOWED_MERGED))
+        agreements.append(compare("merged", model, again, checked, expected))
 
     console.print(summary(model, report, (score_before, score_after), times, agreements, folders))
     console.print(f"total {time.monotonic() - began:.0f} s on {describe_device(model.device)}")
@@ -116,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of one step")
     parser.add_argument("--held-out", type=int, default=100, help="held-out rows to answer")
     parser.add_argument("--model", type=Path, help="another GGUF file or Hugging Face folder")
@@ -168,9 +196,9 @@ def compare(
     model: Any,
     again: Any,
     rows: list[list[Message]],
-    allowed: dict[torch.dtype, float],
-) -> tuple[str, float, float, bool]:
-    """(name, logit error, its limit, whether the answers agree) of a model loaded again."""
+    answers: list[str],
+) -> Agreement:
+    """A model and what was loaded again from its files: logits on `rows`, and `answers`."""
     square_error = square_size = 0.0
     with torch.no_grad():
         for messages in rows:
@@ -179,19 +207,22 @@ def compare(
             expected = model.logits(tokens).double()
             square_error += float((again.logits(tokens).double() - expected).square().sum())
             square_size += float(expected.square().sum())
-    error = (square_error / square_size) ** 0.5
-    same = answer(again, rows) == answer(model, rows)
-    return name, error, allowed[model.dtype], same
+    pairs = zip(answer(again, rows), answers, strict=True)
+    return Agreement(
+        name=name,
+        error=(square_error / square_size) ** 0.5,
+        limit=(ALLOWED_MERGED if name == "merged" else ALLOWED_ADAPTER)[model.dtype],
+        equal_answers=sum(new == old for new, old in pairs) / len(rows),
+        least_equal=LEAST_EQUAL[model.dtype],
+    )
 
 
-def verdict(
-    before: float, after: float, agreements: list[tuple[str, float, float, bool]], bar: bool
-) -> int:
+def verdict(before: float, after: float, agreements: list[Agreement], bar: bool) -> int:
     """Exit status, with a line for each thing that is not as it should be."""
     problems = [
-        f"{name}: logits differ by {error:.1e}, allowed {limit:.0e}; answers equal: {same}"
-        for name, error, limit, same in agreements
-        if not (error <= limit and same)
+        f"reloaded {agreement.name} is not the saved model: {agreement}"
+        for agreement in agreements
+        if not agreement.holds
     ]
     if bar and before > MOST_BEFORE:
         problems.append(f"the untrained model scored {before:.0f}%, over {MOST_BEFORE:.0f}%")
@@ -237,7 +268,7 @@ def summary(
     report: Any,
     scores: tuple[float, float],
     times: dict[str, float],
-    agreements: list[tuple[str, float, float, bool]],
+    agreements: list[Agreement],
     folders: dict[str, Path],
 ) -> Table:
     """Everything worth keeping of a run, in one table."""
@@ -247,11 +278,8 @@ def summary(
     table.add_row("loss", f"{report.losses[0]:.3f} to {report.losses[-1]:.3f}")
     rate = report.tokens / report.seconds
     table.add_row("training speed", f"{rate:.0f} tokens/s ({report.tokens} tokens)")
-    for name, error, limit, same in agreements:
-        verb = "equal" if same else "DIFFER"
-        table.add_row(
-            f"reloaded {name}", f"logits within {error:.1e} (allowed {limit:.0e}), answers {verb}"
-        )
+    for agreement in agreements:
+        table.add_row(f"reloaded {agreement.name}", str(agreement))
     for name, seconds in times.items():
         table.add_row(name, f"{seconds:.1f} s")
     table.add_row("saved in", str(next(iter(folders.values())).parent))

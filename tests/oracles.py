@@ -197,3 +197,30 @@ def snap_to_bins(scaled: Tensor, entries: Tensor) -> Tensor:
     bins = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int()
     snapped = -1 + 2 * bins.double() / 65535
     return (snapped[:, None] - entries.double()).abs().argmin(1).to(torch.uint8)
+
+
+def hf_render(
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:
+    """A chat template as Hugging Face's tokenizers render it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
+    return rendered[0]
+
+
+def hf_tokenizer(folder: Path) -> Any:
+    """Hugging Face's tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)

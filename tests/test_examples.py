@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ def module_at(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -118,11 +121,10 @@ def test_demo_finds_its_data_and_scores_exactly() -> None:
 
 def test_demo_fails_on_a_missed_bar_and_on_a_reload_that_differs() -> None:
     demo = module_at(ROOT / "examples" / "orders.py")
-    good = ("merged", 0.0, 1.0, True)
+    good = demo.Agreement("merged", error=0.0, limit=1.0, equal_answers=1.0, least_equal=1.0)
     assert demo.verdict(0, 100, [good], bar=True) == 0
     assert demo.verdict(0, 10, [good], bar=True) == 1
     assert demo.verdict(50, 100, [good], bar=True) == 1
     assert demo.verdict(0, 10, [good], bar=False) == 0
-    assert demo.verdict(0, 100, [("merged", 2.0, 1.0, True)], bar=False) == 1
-    assert demo.verdict(0, 100, [("merged", float("nan"), 1.0, True)], bar=False) == 1
-    assert demo.verdict(0, 100, [("merged", 0.0, 1.0, False)], bar=False) == 1
+    for bad in ({"error": 2.0}, {"error": float("nan")}, {"equal_answers": 0.9}):
+        assert demo.verdict(0, 100, [replace(good, **bad)], bar=False) == 1

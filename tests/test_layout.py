@@ -38,10 +38,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FORBIDDEN = (
     ("sloth.models", "sloth.quant", "the projection class is handed in to the decoder"),
     ("sloth.kernels.ops", "sloth.kernels.dispatch", "ops do not know about levels"),
+    (
+        "sloth.kernels.ops",
+        "sloth.kernels.context",
+        "what a block hands around is for twins",
+    ),
+    ("sloth.kernels.ops", "sloth.kernels.llama", "twins call ops, never the other way"),
 )
 
 ORACLES = {"transformers", "peft", "trl", "accelerate", "bitsandbytes"}
 RUNS_CODE_FROM_FILES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+IMPORTS_BY_NAME = ("import_module", "importorskip", "find_spec")
 BUILTINS_THAT_RUN_TEXT = {"eval", "exec", "compile", "__import__"}
 
 
@@ -78,9 +85,11 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: write the import in full"
             for alias in node.names:
+                if (node.module, alias.name) == ("sloth", "__version__"):
+                    continue  # a constant of the package; nothing is loaded for it
                 full = f"{node.module}.{alias.name}"
                 found.append((node.lineno, full if full in SLOTH else node.module or ""))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(IMPORTS_BY_NAME):
             if node.args and isinstance(node.args[0], ast.Constant):
                 found.append((node.lineno, str(node.args[0].value)))
     return found
@@ -101,6 +110,8 @@ def layer_breaches(module: str, imported: str) -> str | None:
     """A sentence about what is wrong with `module` importing `imported`, or None."""
     if not is_within(imported, "sloth") or module == "sloth" or imported == module:
         return None
+    if imported == "sloth" and module != "sloth.cli":
+        return f"{module} takes a public name from sloth; import the module that defines it"
     own, other = layer_of(module), layer_of(imported)
     for importer, target, why in FORBIDDEN:
         if is_within(module, importer) and is_within(imported, target):
@@ -132,6 +143,9 @@ def test_the_rule_catches_each_kind_of_breach() -> None:
     assert layer_breaches("sloth.kernels.ops.glu", "sloth.kernels.dispatch")
     assert layer_breaches("sloth.train.trainer", "sloth.model")
     assert layer_breaches("sloth.model", "sloth.cli")
+    assert layer_breaches("sloth.kernels.ops.glu", "sloth.kernels.llama")
+    assert layer_breaches("sloth.train.trainer", "sloth")
+    assert layer_breaches("sloth.cli", "sloth") is None
     assert layer_breaches("sloth.model", "sloth.train.trainer") is None
     assert layer_breaches("sloth.errors", "sloth.errors") is None
 

@@ -22,6 +22,7 @@ from sloth.kernels.ops.nf4 import (
     NF4Weight,
     dynamic_map,
     nf4_code,
+    nf4_reciprocal,
 )
 
 # The code of 0, which fills the missing half of an odd last byte.
@@ -62,7 +63,7 @@ def _blocks(flat: Tensor, size: int) -> Tensor:
 
 def _reciprocal(absmax: Tensor) -> Tensor:
     """1 / absmax, 0 for an all-zero block, so that its codes are those of 0."""
-    return torch.where(absmax > 0, 1.0 / absmax, 0.0)
+    return torch.where(absmax > 0, nf4_reciprocal(absmax), 0.0)
 
 
 def _codes(scaled: Tensor) -> Tensor:

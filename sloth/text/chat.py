@@ -9,8 +9,9 @@ grow:
     literals, slices, ~                measured: calls put into the parsed template
     operators, filters, calls, output  paid for before or after they run: overrides of the sandbox
 
-Counting inside the template costs less than tracing Python's lines, holds for every render and in
-every thread.
+Counting inside the template holds for every render and in every thread, and costs little: 0.04 ms
+for a short chat on one CPU core, against 0.015 ms without and some 0.5 ms for tracing Python's
+lines.
 
 Otherwise it renders as Hugging Face does: trim_blocks, lstrip_blocks, `break` and `continue`, the
 `generation` tag, `raise_exception`, `strftime_now`, a `tojson` that escapes no HTML. This is the
@@ -45,9 +46,10 @@ from sloth.text.budget import (
     stopped,
 )
 
-MAX_SOURCE_CHARS = 128 * 1024  # the longest known template has 30,000
+MAX_SOURCE_CHARS = 128 * 1024  # the longest of 70 known templates has 17,000
 
 _NODES_PER_STEP = 16
+_STEPS_PER_CALL = 8  # calling a macro takes jinja2 as long as 8 passes of an empty loop
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Filters that no chat template needs and whose work cannot be told from their input.
 _BLOCKED_FILTERS = "filesizeformat pprint random striptags urlize wordwrap xmlattr".split()
@@ -138,11 +140,12 @@ def _with_reasoning(message: Message) -> Message:
 # -- what templates find under a name -------------------------------------------------------------
 
 
-class _Namespace(Namespace):
+class _TemplateNamespace(Namespace):
     """namespace(). It does not print what it holds: a chain of them would print exponentially."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
         self, *rest = args
+        Namespace.__init__(self)
         for name, value in dict(*rest, **kwargs).items():
             self[name] = value
 
@@ -186,7 +189,10 @@ def _tojson(
 
 
 class _Limits(Extension):
-    """What `_instrument` calls from inside a template, and the `generation` tag."""
+    """What `_instrument` calls from inside a template, and the `generation` tag.
+
+    jinja2 gives every call the variables of the loop around it as keywords: `scope`.
+    """
 
     tags = {"generation"}
 
@@ -196,16 +202,16 @@ class _Limits(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("passed"), [], [], body).set_lineno(line)
 
-    def passed(self, caller: Any) -> str:
+    def passed(self, caller: Any, **scope: Any) -> str:
         return caller()
 
-    def tick(self, weight: int) -> bool:
+    def tick(self, weight: int, **scope: Any) -> bool:
         return BUDGET.get().tick(weight)
 
-    def made(self, value: Any) -> Any:
+    def made(self, value: Any, **scope: Any) -> Any:
         return BUDGET.get().made(value)
 
-    def texts(self, *values: Any) -> str:
+    def texts(self, *values: Any, **scope: Any) -> str:
         return "".join(map(str, BUDGET.get().joined(values)))
 
 
@@ -222,7 +228,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals = {
             "range": safe_range,
             "dict": _dict,
-            "namespace": _Namespace,
+            "namespace": _TemplateNamespace,
             "cycler": self.globals["cycler"],
             "joiner": self.globals["joiner"],
             "raise_exception": _raise_exception,
@@ -251,7 +257,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(function, "__self__", None)
         if isinstance(owner, _Limits):
-            return function(*args)  # jinja2 adds keywords with the loop's variables
+            return function(*args, **kwargs)
         if isinstance(owner, str | bytes | int):
             args = _check_method(owner, function.__name__, args)
         return BUDGET.get().made(super().call(context, function, *args, **kwargs))
@@ -358,9 +364,11 @@ def _instrument(template: nodes.Template) -> None:
         template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
     )
     for body in bodies:
-        weight = nodes.Const(1 + sum(1 for _ in body.find_all(nodes.Node)) // _NODES_PER_STEP)
+        steps = 1 + sum(1 for _ in body.find_all(nodes.Node)) // _NODES_PER_STEP
+        is_loop = isinstance(body, nodes.For)
+        weight = nodes.Const(steps if is_loop else steps + _STEPS_PER_CALL)
         body.body.insert(0, nodes.ExprStmt(_limit("tick", weight)).set_lineno(body.lineno))
-        if isinstance(body, nodes.For) and body.test is not None:
+        if is_loop and body.test is not None:
             body.test = nodes.And(_limit("tick", weight), body.test)
     _replace_expressions(template)
 

@@ -65,9 +65,6 @@ class Tokenizer:
         self.special_tokens = _special_tokens(config, self._json("special_tokens_map.json"))
         self._backend = self._build(config)
         self.vocab_size = self._backend.num_tokens
-        # Named explicitly they decide; otherwise tokenizer.json's own post-processor does.
-        self._says_what_to_add = not {"add_bos_token", "add_eos_token"}.isdisjoint(config)
-        self._add_bos, self._add_eos = config.get("add_bos_token"), config.get("add_eos_token")
         self.bos_id = self._special_id("bos", generation)
         self.eos_id = self._special_id("eos", generation)
         self.pad_id = self._special_id("pad", generation)
@@ -97,7 +94,7 @@ class Tokenizer:
     def _checked(cls, files: dict[str, bytes], where: str) -> Tokenizer:
         if "tokenizer.json" not in files and "tokenizer.model" not in files:
             raise TokenizerMissing(
-                f"{where} has neither tokenizer.json nor tokenizer.model; copy one from the base model"
+                f"{where} has neither tokenizer.json nor tokenizer.model; copy the base model's"
             )
         return cls(files)
 
@@ -106,15 +103,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; add_special_tokens puts around it what the model expects.
 
-        Special tokens written in the text, as a chat template does, are found either way.
+        With tokenizer.json its post-processor says what that is, whatever add_bos_token in
+        tokenizer_config.json says, as in transformers. Special tokens written in the text, as a
+        chat template does, are found either way.
         """
-        if not add_special_tokens:
-            return self._backend.encode(text)[0]
-        if not self._says_what_to_add:
+        if add_special_tokens:
             return self._backend.encode_wrapped(text)
-        before = [self.bos_id] if self._add_bos and self.bos_id is not None else []
-        after = [self.eos_id] if self._add_eos and self.eos_id is not None else []
-        return [*before, *self._backend.encode(text)[0], *after]
+        return self._backend.encode(text)[0]
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = False

@@ -264,7 +264,8 @@ assert straight.losses == again.losses, (straight.losses, again.losses)
 @pytest.mark.gpu
 def test_resume_on_a_gpu_is_bitwise_in_deterministic_mode(tmp_path):
     """In a process of its own: cuBLAS reads its workspace setting once."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     subprocess.run([sys.executable, "-c", ON_GPU, str(tmp_path / "a")], env=environment, check=True)
 
 

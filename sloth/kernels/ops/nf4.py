@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.kernels.engine import engine_for, jit, tl, triton
+from sloth.kernels.engine import INTERPRET, engine_for, jit, tl, triton
 
 # Quantiles of N(0, 1) scaled to [-1, 1], exact at both ends and at zero.
 NF4_CODE = (
@@ -155,6 +155,22 @@ def _nf4_dequantize_kernel(
     tl.store(out_ptr + element, out, mask=element < num_elements)
 
 
+@jit
+def _reciprocal_kernel(
+    x_ptr, out_ptr, num_elements, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < num_elements
+    x = tl.load(x_ptr + offsets, mask=mask, other=1.0)
+    if INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    tl.store(out_ptr + offsets, y, mask=mask)
+
+
 _SIGNATURE = {
     "codes_ptr": "*u8",
     "code_ptr": "*fp32",
@@ -182,7 +198,13 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
             | {"NESTED": False, "nested_absmax_ptr": None, "offset_ptr": None},
             "options": _OPTIONS,
         },
-    ]
+    ],
+    "_reciprocal_kernel": [
+        {
+            "signature": {"x_ptr": "*fp32", "out_ptr": "*fp32", "num_elements": "i64"},
+            "constexprs": {"BLOCK": _BLOCK_BYTES, "INTERPRETED": False},
+        }
+    ],
 }
 
 
@@ -215,3 +237,18 @@ def nf4_dequantize(w: NF4Weight, dtype: torch.dtype) -> Tensor:
     if engine_for(probe) == "triton":
         return _nf4_dequantize_triton(w, dtype)
     return nf4_dequantize_reference(w, dtype)
+
+
+def nf4_reciprocal(absmax: Tensor) -> Tensor:
+    """1 / absmax [n], fp32, as the quantizer scales with it.
+
+    On a GPU it is the hardware's approximate reciprocal, which bitsandbytes' CUDA build compiles
+    to: an IEEE division differs from it in the last bit of one scale in eight, and so in a code now
+    and then.
+    """
+    if engine_for(absmax) == "torch":
+        return 1.0 / absmax
+    out = torch.empty_like(absmax)
+    grid = (triton.cdiv(absmax.numel(), _BLOCK_BYTES),)
+    _reciprocal_kernel[grid](absmax, out, absmax.numel(), BLOCK=_BLOCK_BYTES, INTERPRETED=INTERPRET)
+    return out

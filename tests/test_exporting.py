@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from torch.testing import assert_close
 
 import sloth
 from sloth import errors, exporting
-from tests.oracles import WHOLE_BLOCKS, bnb_logits, hf_logits, save_tiny_llama
+from tests.oracles import WHOLE_BLOCKS, bnb_logits, hf_logits, hf_tokenizer, save_tiny_llama
 from tests.test_lora import randomised
-from tests.tolerance import FP32_CHAIN
+from tests.text.test_tokenizer import byte_level_folder
+from tests.tolerance import FP32_CHAIN, MERGED_BF16_DIVERGENCE
 
 TOKENS = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -115,3 +117,51 @@ def test_a_fully_trained_model_is_saved_as_trained(folder, tmp_path):
     model = randomised(sloth.load(folder, device="cpu"))
     model.save_merged(tmp_path / "merged")
     assert_close(hf_logits(tmp_path / "merged", TOKENS), logits(model), **FP32_CHAIN)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>{% endif %}"
+)
+STOP_IDS = [1, 331]  # </s> and <|end|>
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path) -> Path:
+    """A tiny model with tokenizer, chat template and two stop ids."""
+    folder = save_tiny_llama(tmp_path / "chat", vocab_size=340, **WHOLE_BLOCKS)
+    byte_level_folder(folder, chat_template=TEMPLATE)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP_IDS}))
+    return folder
+
+
+def test_exports_carry_the_tokenizer_template_and_stop_ids(chat_folder, tmp_path):
+    model = randomised(sloth.load(chat_folder, device="cpu").add_lora())
+    assert model.tokenizer.stop_ids == tuple(STOP_IDS)
+    model.save_merged(tmp_path / "merged")
+    model.save_base(tmp_path / "base", quant="nf4")
+    model.save_adapter(tmp_path / "adapter")
+    messages = [{"role": "user", "content": "hello world"}]
+    ids = model.tokenizer.encode(
+        model.tokenizer.chat.render(messages, add_generation_prompt=True), add_special_tokens=False
+    )
+    for name in ("merged", "base", "adapter"):
+        theirs = hf_tokenizer(tmp_path / name)
+        rendered = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert rendered == ids, name
+        settings = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == STOP_IDS, name
+    again = sloth.load(tmp_path / "merged", device="cpu")
+    assert again.tokenizer.stop_ids == model.tokenizer.stop_ids
+    assert again.generate(messages, max_new_tokens=8) == model.generate(messages, max_new_tokens=8)
+
+
+def test_merged_model_in_bf16_stays_close_to_the_unmerged_one(folder, tmp_path):
+    model = randomised(sloth.load(folder, dtype="bfloat16", device="cpu").add_lora())
+    model.save_merged(tmp_path / "merged")
+    merged = logits(sloth.load(tmp_path / "merged", dtype="bfloat16", device="cpu")).float()
+    log_p, log_q = logits(model).float().log_softmax(-1), merged.log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert 0 <= divergence < MERGED_BF16_DIVERGENCE

@@ -99,3 +99,13 @@ def attention_error_factor(dtype: torch.dtype) -> float:
     query over three keys costs eager almost no error in fp32 (5e-8), a flash kernel's exp2 5e-7.
     """
     return 16.0 if dtype == torch.float32 else 4.0
+
+
+# Codes that may differ from bitsandbytes' CUDA build for fp32 weights, which fall on a threshold to
+# the last bit: 13 of 2e8 seen on an H200 with the hardware reciprocal, 19 with an IEEE one. 16-bit
+# weights rarely can, and none of 2.7e8 did.
+NF4_FLIPS_IN_FP32 = 2e-7
+
+# Mean KL divergence (nats a token) of a merged bf16 model from the unmerged one: each weight is
+# rounded once more, 2^-9 of its size, which moves logits of size 1 by some 1e-2; half its square.
+MERGED_BF16_DIVERGENCE = 1e-3

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,12 @@ class GGUFFile:
         self._check_extents(header.tensors, header.size_bytes)
         self._entries = {_hf_name(name): entry for name, entry in header.tensors.items()}
         divisors = self._entries.get(_ROPE_DIVISORS)
-        self.config = _config(
-            self.metadata,
-            {name: entry.shape for name, entry in self._entries.items()},
-            None if divisors is None else self._dequantise(_ROPE_DIVISORS, divisors),
-        )
+        with self._sensible_metadata():
+            self.config = _config(
+                self.metadata,
+                {name: entry.shape for name, entry in self._entries.items()},
+                None if divisors is None else self._dequantise(_ROPE_DIVISORS, divisors),
+            )
         self._entries.pop(_ROPE_DIVISORS, None)
         self.names = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -105,7 +108,16 @@ class GGUFFile:
 
     def tokenizer_files(self) -> dict[str, str]:
         """tokenizer.json, tokenizer_config.json, generation_config.json from the metadata."""
-        return rebuild_tokenizer(self.metadata)
+        with self._sensible_metadata():
+            return rebuild_tokenizer(self.metadata)
+
+    @contextmanager
+    def _sensible_metadata(self) -> Iterator[None]:
+        """Numbers where texts belong, heads that are zero, and the like."""
+        try:
+            yield
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise CheckpointMismatch(f"{self.path}: its metadata make no sense: {error}") from error
 
     def _bytes_of(self, name: str, entry: TensorEntry) -> tuple[int, Any]:
         """(size in bytes, quantization type) of a tensor."""

@@ -224,6 +224,17 @@ def test_cut_files_are_refused(small: Path, tmp_path: Path) -> None:
             GGUFFile(cut)
 
 
+def test_metadata_without_sense_are_a_mismatch(small: Path, tmp_path: Path) -> None:
+    extra = {"rope.scaling.type": "linear", "rope.scaling.factor": "x"}
+    path = write_gguf(small, tmp_path / "odd.gguf", extra=extra)
+    with pytest.raises(CheckpointMismatch, match="odd.gguf"):
+        GGUFFile(path)
+    file = GGUFFile(small / "model.gguf")
+    file.metadata["tokenizer.ggml.token_type"] = 7
+    with pytest.raises(CheckpointMismatch, match="model.gguf"):
+        file.tokenizer_files()
+
+
 def test_flipped_bytes_give_an_error_of_ours_or_a_model(small: Path, tmp_path: Path) -> None:
     content = (small / "model.gguf").read_bytes()
     damaged = tmp_path / "damaged.gguf"

@@ -243,8 +243,9 @@ def nf4_reciprocal(absmax: Tensor) -> Tensor:
     """1 / absmax [n], fp32, as the quantizer scales with it.
 
     On a GPU it is the hardware's approximate reciprocal, which bitsandbytes' CUDA build compiles
-    to: an IEEE division differs from it in the last bit of one scale in eight, and so in a code now
-    and then.
+    to; an IEEE division differs from it in the last bit of one scale in eight. Against bitsandbytes
+    on an H200, fp32 weights that fall on a threshold to the last bit flip 13 codes in 2e8 (19 with
+    a division), 16-bit weights none in 2.7e8.
     """
     if engine_for(absmax) == "torch":
         return 1.0 / absmax

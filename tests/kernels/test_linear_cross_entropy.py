@@ -176,7 +176,9 @@ def test_cross_entropy_kernel_accuracy(
     for name, ours, theirs, true in zip(
         names, (losses, gradient), eager(logits), eager(logits.double()), strict=True
     ):
-        assert_no_worse_than_eager(name, ours, theirs, true)
+        capped = name == "losses" and softcap is not None
+        factor = tolerance.SOFTCAP_ERROR_FACTOR if capped else None
+        assert_no_worse_than_eager(name, ours, theirs, true, factor)
     unchanged = logits.clone()
     cross_entropy_in_place(unchanged, labels, softcap, need_gradient=False)
     assert torch.equal(unchanged, logits)

@@ -79,6 +79,9 @@ class RopeParameters:
             raise UnsupportedConfig(
                 f"rope_type {rope_type!r} is not supported; known: {', '.join(_REQUIRED)}"
             )
+        original = given.get("original_max_position_embeddings")
+        if rope_type == "yarn" and original:  # the factor may be left to the two lengths
+            given.setdefault("factor", max_positions / original)
         missing = [key for key in _REQUIRED[rope_type] if key not in given]
         if missing:
             raise UnsupportedConfig(f"rope_type {rope_type!r} lacks {', '.join(missing)}")

@@ -35,6 +35,12 @@ def test_tables_are_right_at_positions_up_to_131072(name):
     assert_close(sin.double(), angles.sin() * rope.attention_factor, **ROPE_TABLE)
 
 
+def test_yarn_takes_its_factor_from_the_two_lengths():
+    given = {"rope_type": "yarn", "original_max_position_embeddings": 8192}
+    explicit = RopeParameters.from_hf(given | {"factor": 16.0}, 5e5, 128, 131072)
+    assert RopeParameters.from_hf(given, 5e5, 128, 131072) == explicit
+
+
 def test_tables_in_bf16_are_the_fp32_ones_rounded_once():
     rope = Rope(RopeParameters.from_hf(None, 1e4, 64, 2048))
     positions = torch.arange(1000, 2000)[None]

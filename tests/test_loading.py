@@ -222,7 +222,8 @@ def anonymous():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
 
-load(sys.argv[2], device="cpu")  # imports and caches are paid for before the measurement
+quant = sys.argv[3] if len(sys.argv) > 3 else None
+load(sys.argv[2], device="cpu", quant=quant)  # imports and caches are paid for before the measurement
 peak, stop, before = 0, threading.Event(), anonymous()
 def watch():
     global peak
@@ -231,28 +232,40 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-model = load(sys.argv[1], device="cpu", quant=sys.argv[3] if len(sys.argv) > 3 else None)
+model = load(sys.argv[1], device="cpu", quant=quant)
 stop.set(); thread.join()
 print(max(peak, anonymous()) - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_memory_of_a_load_is_the_model_plus_one_tensor(folder, tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "quant"),
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float32, "nf4"),
+        (torch.bfloat16, "nf4"),
+    ],
+)
+def test_peak_memory_of_a_load_is_the_model_plus_one_tensor(folder, tmp_path, dtype, quant):
     big = save_tiny_llama(
         tmp_path / "big", hidden_size=512, intermediate_size=4096, vocab_size=8192
     )
     file = big / "model.safetensors"
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    model_bytes = sum(tensor.numel() * 4 for tensor in tensors.values())
+    stored = {name: 4.0 for name in tensors}
+    if quant:  # half a byte a weight, one a block of 64; embedding, head and norms stay dense
+        stored |= {name: 0.5 + 1 / 64 for name in tensors if "_proj" in name}
+    model_bytes = sum(stored[name] * tensor.numel() for name, tensor in tensors.items())
     largest_bytes = max(tensor.numel() * 4 for tensor in tensors.values())
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PEAK_SCRIPT), big, folder],
+        [sys.executable, "-c", textwrap.dedent(PEAK_SCRIPT), big, folder, *([quant] * bool(quant))],
         capture_output=True,
         text=True,
         check=True,
     )
-    slack_bytes = 4 * 2**20  # thread stacks, Python objects
+    # Thread stacks and Python objects; for NF4 also the temporaries of one slice of 2^20 weights.
+    slack_bytes = (24 if quant else 4) * 2**20
     assert model_bytes * 0.9 < int(run.stdout) < model_bytes + largest_bytes + slack_bytes

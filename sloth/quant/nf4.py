@@ -25,6 +25,9 @@ from sloth.kernels.ops.nf4 import (
     nf4_reciprocal,
 )
 
+# Elements quantized at a time, so that a load needs little beside the tensor itself: whole blocks.
+_SLICE = 2**20
+
 # The code of 0, which fills the missing half of an odd last byte.
 _ZERO_CODE = 7
 
@@ -39,14 +42,11 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True) -> NF4Weight:
         raise ValueError(
             f"NF4 takes a matrix of fp32, fp16 or bf16, got {weight.dtype} {list(weight.shape)}"
         )
-    blocks = _blocks(weight.detach().float().flatten(), BLOCKSIZE)
-    absmax = blocks.abs().amax(1)
+    slices = [_quantize_slice(part) for part in weight.detach().flatten().split(_SLICE)]
+    packed = torch.cat([codes for codes, _ in slices])[:, None]
+    absmax = torch.cat([scales for _, scales in slices])
     if not bool(torch.isfinite(absmax).all()):
         raise ValueError("the weight holds NaN or infinite values; NF4 cannot represent them")
-    codes = _codes(blocks * _reciprocal(absmax)[:, None]).flatten()[: weight.numel()]
-    if len(codes) % 2:
-        codes = F.pad(codes, (0, 1), value=_ZERO_CODE)
-    packed = (codes[::2] << 4 | codes[1::2])[:, None]
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return NF4Weight(packed, absmax, shape, weight.dtype)
@@ -54,6 +54,16 @@ def quantize_nf4(weight: Tensor, double_quant: bool = True) -> NF4Weight:
     entries = dynamic_map(weight.device)
     quantized, nested_absmax = _quantize_scales(absmax - offset, entries)
     return NF4Weight(packed, quantized, shape, weight.dtype, nested_absmax, offset, entries)
+
+
+def _quantize_slice(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """(packed codes [ceil(n / 2)], fp32 scales [blocks]) of a run of whole blocks."""
+    blocks = _blocks(flat.float(), BLOCKSIZE)
+    absmax = blocks.abs().amax(1)
+    codes = _codes(blocks * _reciprocal(absmax)[:, None]).flatten()[: len(flat)]
+    if len(codes) % 2:
+        codes = F.pad(codes, (0, 1), value=_ZERO_CODE)
+    return codes[::2] << 4 | codes[1::2], absmax
 
 
 def _blocks(flat: Tensor, size: int) -> Tensor:

@@ -223,7 +223,7 @@ def anonymous():
             return int(line.split()[1]) * 1024
 
 quant = sys.argv[3] if len(sys.argv) > 3 else None
-load(sys.argv[2], device="cpu", quant=quant)  # imports and caches are paid for before the measurement
+load(sys.argv[2], device="cpu", quant=quant)  # imports and caches, paid for beforehand
 peak, stop, before = 0, threading.Event(), anonymous()
 def watch():
     global peak

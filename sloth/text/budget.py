@@ -22,10 +22,13 @@ MAX_STEPS = 400_000
 # Of one value or the output, beyond four times the size of the input.
 MAX_VALUE_BYTES = 2 * 2**20
 MAX_WIDTH = 1000
+MAX_JSON_INDENT = 16  # each level of nesting holds a text of so many characters a level
 MAX_INTEGER_BITS = 4096
 
 _BYTES_PER_STEP = 32
 _ITEMS_PER_STEP = 4
+_BYTES_SEARCHED_PER_STEP = 256  # of what a container holds: each part is compared, not written
+_PAIRS_PER_STEP = 1024  # of a character with a character, where Python compares all with all
 _ITEM_BYTES = 64  # a small object and the reference to it
 _WIDE_PERCENT = re.compile(r"%[^A-Za-z%]*(\*|\d{4,})")
 _WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(\{|\d{4,})")
@@ -90,6 +93,21 @@ class Budget:
         """Pay for turning a value, with everything in it, into text."""
         self.allow(self.size_of(value))
 
+    def written(self, value: Any) -> str:
+        """A value as text, paid for."""
+        self.write(value)
+        return str(value)
+
+    def bounded(self, parts: Iterable[str]) -> Iterator[str]:
+        """Parts of a text that is made bit by bit, up to the largest value allowed."""
+        length = 0
+        for part in parts:
+            length += len(part)
+            self.spend(1 + len(part) // _BYTES_PER_STEP)
+            if length > self._most_bytes:
+                raise stopped(f"it makes a value of more than {self._most_bytes} bytes")
+            yield part
+
     def look(self, value: Any) -> None:
         """Pay for one pass over a value's items or characters."""
         if isinstance(value, str | bytes):
@@ -98,6 +116,18 @@ class Budget:
             self.spend(1 + len(value) // _ITEMS_PER_STEP)
         else:
             self.spend(1)
+
+    def searched(self, value: Any) -> Any:
+        """Pay for a search through a value, before an `in`, and return it."""
+        self.look(value)
+        if not isinstance(value, str | bytes | dict):
+            self.spend(self.size_of(value) // _BYTES_SEARCHED_PER_STEP)
+        return value
+
+    def compare_all(self, text: Any, other: Any) -> None:
+        """Pay for comparing each character of one text with each of another."""
+        if isinstance(other, str | bytes):
+            self.spend(1 + len(text) * min(len(text), len(other)) // _PAIRS_PER_STEP)
 
     def made(self, value: Any) -> Any:
         """Pay for a value the template has made and return it; a generator pays as it goes."""
@@ -127,6 +157,14 @@ class Budget:
 
 
 BUDGET: ContextVar[Budget] = ContextVar("chat template budget")
+
+
+# str methods whose numbers are widths, that search backwards, or that strip.
+_WIDTH_METHODS = ("center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill")
+_BACKWARD_METHODS = ("rfind", "rindex", "rpartition", "rsplit")
+_STRIP_METHODS = ("lstrip", "rstrip", "strip")
+# Methods that no chat template needs and whose work cannot be told from their input.
+_BLOCKED_METHODS = ("encode", "maketrans", "translate")
 
 
 # -- operators and methods that must be looked at before they run ---------------------------------
@@ -166,17 +204,48 @@ def check_format(text: str, *values: Any) -> None:
     budget.allow(sys.getsizeof(text) + text.count("{") * sum(map(budget.size_of, values)))
 
 
-def check_replace(text: str, old: Any = "", new: Any = "") -> None:
+def check_replace(text: str, old: Any = None, new: Any = None) -> None:
     """text.replace(old, new)."""
     if isinstance(old, str) and isinstance(new, str):
         letter = 1 if text.isascii() and new.isascii() else 4
         BUDGET.get().allow(letter * (len(text) + text.count(old) * len(new)))
 
 
-def check_widths(where: str, arguments: Iterable[Any]) -> None:
+def check_strip(text: str, *characters: Any) -> None:
+    """text.strip(characters): Python looks for each character of the text among them."""
+    budget = BUDGET.get()
+    budget.look(text)
+    for given in characters:
+        budget.compare_all(text, given)
+
+
+def check_method(owner: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse or pay for what a method of str is about to make; returns the arguments to give it."""
+    budget = BUDGET.get()
+    if name in _BLOCKED_METHODS:
+        raise stopped(f"the method {name} is not allowed")
+    if name in _WIDTH_METHODS:
+        check_widths(name, args)
+    if name == "expandtabs":
+        budget.allow(len(owner) + owner.count("\t") * MAX_WIDTH)
+    elif name == "replace":
+        check_replace(owner, *args[:2])
+    elif name == "join" and args:
+        return (budget.joined(budget.paid(args[0]), owner), *args[1:])
+    elif name in _STRIP_METHODS:
+        check_strip(owner, *args[:1])
+    elif name in _BACKWARD_METHODS:  # unlike find, these may compare all with all
+        budget.look(owner)
+        budget.compare_all(owner, args[0] if args else None)
+    else:
+        budget.look(owner)
+    return args
+
+
+def check_widths(where: str, arguments: Iterable[Any], most: int = MAX_WIDTH) -> None:
     """Numbers that become padding or counts."""
     for argument in arguments:
-        if isinstance(argument, int | float) and not abs(argument) <= MAX_WIDTH:
-            raise stopped(f"{where} with {argument}, at most {MAX_WIDTH} is allowed")
-        if isinstance(argument, str) and len(argument) > MAX_WIDTH:
+        if isinstance(argument, int | float) and not abs(argument) <= most:
+            raise stopped(f"{where} with {argument}, at most {most} is allowed")
+        if isinstance(argument, str) and len(argument) > most:
             raise stopped(f"{where} with a text of {len(argument)} characters")

@@ -6,7 +6,7 @@ it away from Python's internals, but not from the machine: two nested loops run 
 grow:
 
     a pass of a loop, a macro call     by the size of its body: ticks put into the parsed template
-    literals, slices, ~                measured: calls put into the parsed template
+    literals, slices, ~, in            measured: calls put into the parsed template
     operators, filters, calls, output  paid for before or after they run: overrides of the sandbox
 
 Counting inside the template holds for every render and in every thread, and costs little: 0.04 ms
@@ -36,12 +36,15 @@ from jinja2.utils import Namespace
 from sloth.errors import DataError
 from sloth.text.budget import (
     BUDGET,
+    MAX_JSON_INDENT,
     MAX_WIDTH,
     Budget,
     check_format,
+    check_method,
     check_operands,
     check_percent,
     check_replace,
+    check_strip,
     check_widths,
     stopped,
 )
@@ -58,10 +61,8 @@ _LOOKING_FILTERS = (
     "attr batch count d default dictsort first groupby items last length list map max min reject "
     "rejectattr reverse select selectattr slice sort sum unique"
 ).split()
-# Filters and methods whose numbers are widths or counts.
-_WIDTH_FILTERS = ("batch", "center", "indent", "round", "slice", "tojson")
-_WIDTH_METHODS = ("center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill")
-_BLOCKED_METHODS = ("encode", "maketrans", "translate")
+# Filters whose numbers are widths or counts.
+_WIDTH_FILTERS = ("batch", "center", "indent", "round", "slice")
 
 Message = dict[str, Any]
 
@@ -180,9 +181,19 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    check_widths("tojson", separators or ())
+    if indent is None:
+        return encoder.encode(value)
+    check_widths("tojson", [indent], MAX_JSON_INDENT)
+    return "".join(BUDGET.get().bounded(encoder.iterencode(value)))
+
+
+def _is_in(value: Any, where: Any) -> bool:
+    """The test `in`, which select and reject run once for each item."""
+    return value in BUDGET.get().searched(where)
 
 
 # -- the sandbox ----------------------------------------------------------------------------------
@@ -210,6 +221,9 @@ class _Limits(Extension):
 
     def made(self, value: Any, **scope: Any) -> Any:
         return BUDGET.get().made(value)
+
+    def searched(self, value: Any, **scope: Any) -> Any:
+        return BUDGET.get().searched(value)
 
     def texts(self, *values: Any, **scope: Any) -> str:
         return "".join(map(str, BUDGET.get().joined(values)))
@@ -239,6 +253,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             for name, function in (self.filters | {"tojson": _tojson}).items()
             if name not in _BLOCKED_FILTERS
         }
+        self.tests = self.tests | {"in": _is_in}
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:  # type: ignore[override]
@@ -258,8 +273,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, _Limits):
             return function(*args, **kwargs)
-        if isinstance(owner, str | bytes | int):
-            args = _check_method(owner, function.__name__, args)
+        if isinstance(owner, list | tuple | range):  # they have count and index
+            BUDGET.get().searched(owner)
+        elif isinstance(owner, str | bytes | int):
+            args = check_method(owner, function.__name__, args)
         return BUDGET.get().made(super().call(context, function, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -281,24 +298,6 @@ def _finalize(context: Any, value: Any) -> Any:
     return value
 
 
-def _check_method(owner: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Refuse or pay for what a method of str is about to make; returns the arguments to give it."""
-    budget = BUDGET.get()
-    if name in _BLOCKED_METHODS:
-        raise SecurityError(f"the method {name} is not allowed")
-    if name in _WIDTH_METHODS:
-        check_widths(name, args)
-    if name == "expandtabs":
-        budget.allow(len(owner) + owner.count("\t") * MAX_WIDTH)
-    elif name == "replace":
-        check_replace(owner, *args[:2])
-    elif name == "join" and args:
-        return (budget.joined(budget.paid(args[0]), owner), *args[1:])
-    else:
-        budget.look(owner)
-    return args
-
-
 def _limited_filter(name: str, function: Any) -> Any:
     """`function` with its input, its arguments and its result paid for."""
     wants = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
@@ -312,7 +311,11 @@ def _limited_filter(name: str, function: Any) -> Any:
             separator = str(args[0] if args else kwargs.get("d", ""))
             value = budget.joined(budget.paid(value), separator)
         elif name == "replace":
-            check_replace(str(value), *args[:2])
+            named = dict(zip(("old", "new"), args, strict=False)) | kwargs
+            given = {key: budget.written(text) for key, text in named.items()}
+            check_replace(str(value), given.get("old"), given.get("new"))
+        elif name == "trim":
+            check_strip(str(value), *args, *kwargs.values())
         elif name == "format":
             check_percent(str(value), args or kwargs)
         elif name == "indent":
@@ -374,7 +377,7 @@ def _instrument(template: nodes.Template) -> None:
 
 
 def _replace_expressions(node: nodes.Node) -> None:
-    """Measure the value of list, tuple, dict and slice expressions; pay for ~ before it joins."""
+    """Measure what list, tuple, dict and slice expressions make; pay for ~ and `in` beforehand."""
     for field, value in node.iter_fields():
         if isinstance(value, nodes.Node):
             _replace_expressions(value)
@@ -389,6 +392,8 @@ def _replace_expressions(node: nodes.Node) -> None:
 def _replaced(node: nodes.Node) -> nodes.Node:
     if isinstance(node, nodes.Concat):
         return _limit("texts", *node.nodes).set_lineno(node.lineno)
+    if isinstance(node, nodes.Operand) and node.op in ("in", "notin"):
+        node.expr = _limit("searched", node.expr)
     builds = isinstance(node, nodes.List | nodes.Dict | nodes.Tuple) or (
         isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
     )

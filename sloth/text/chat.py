@@ -191,11 +191,6 @@ def _tojson(
     return "".join(BUDGET.get().bounded(encoder.iterencode(value)))
 
 
-def _is_in(value: Any, where: Any) -> bool:
-    """The test `in`, which select and reject run once for each item."""
-    return value in BUDGET.get().searched(where)
-
-
 # -- the sandbox ----------------------------------------------------------------------------------
 
 
@@ -253,7 +248,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             for name, function in (self.filters | {"tojson": _tojson}).items()
             if name not in _BLOCKED_FILTERS
         }
-        self.tests = self.tests | {"in": _is_in}
+        self.tests = self.tests | {"in": lambda item, where: item in BUDGET.get().searched(where)}
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:  # type: ignore[override]

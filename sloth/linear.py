@@ -56,9 +56,19 @@ class Projection(OpModule):
         raise NotImplementedError
 
     @property
+    def address(self) -> int:
+        """Where the matrix lies in memory: another number when it was replaced."""
+        raise NotImplementedError
+
+    @property
     def lora(self) -> LoraOperands | None:
         """The adapter's operands, None without one or while it is switched off."""
-        if self.lora_A is None or self.lora_B is None or not self.lora_enabled:
+        return self.lora_slot if self.lora_enabled else None
+
+    @property
+    def lora_slot(self) -> LoraOperands | None:
+        """The adapter's operands, switched on or off; None without one."""
+        if self.lora_A is None or self.lora_B is None:
             return None
         return LoraOperands(
             self.lora_A.weight, self.lora_B.weight, self.lora_scale, self.lora_dropout
@@ -99,6 +109,10 @@ class Linear(Projection):
     @property
     def base(self) -> Base:
         return self.weight
+
+    @property
+    def address(self) -> int:
+        return self.weight.data_ptr()
 
 
 # A decoder asks for each projection by its path, so that a checkpoint can decide what is quantized.

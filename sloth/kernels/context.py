@@ -1,8 +1,8 @@
-"""What a block needs beside its input: rotary tables, who sees whom, the cache when decoding."""
+"""What a block needs beside its input: rotary tables, who sees whom, what to keep, the cache."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,15 +10,53 @@ from torch import Tensor
 from sloth.kernels.ops.attention import AttentionLayout
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What a fused layer keeps from forward to backward beside its input; the rest is made again.
+
+    attention: the attention output and its log-sum-exp. hidden: the residual stream between the two
+    halves. qkv: q and k after RoPE, v. gate, up: the two products of the MLP. The output of
+    down_proj is never made again, whatever is kept. tile_tokens: rows the MLP works on at a time,
+    None for all; the products are then not kept. offload: the layer's input waits in host memory.
+    """
+
+    attention: bool = True
+    hidden: bool = True
+    qkv: bool = True
+    gate: bool = True
+    up: bool = True
+    tile_tokens: int | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tile_tokens is not None and (self.gate or self.up):
+            raise ValueError("Keep: an MLP in tiles keeps neither gate nor up")
+        if self.up and not self.gate:
+            raise ValueError("Keep: up is kept only beside gate")
+
+
+# From least to most memory; each keeps what saves the most work for its bytes.
+POLICIES = {
+    "P1": Keep(attention=False, hidden=False, qkv=False, gate=False, up=False),
+    "P2": Keep(hidden=False, qkv=False, gate=False, up=False),
+    "P3": Keep(qkv=False, gate=False, up=False),
+    "P4": Keep(gate=False, up=False),
+    "P5": Keep(up=False),
+    "P6": Keep(),
+}
+
+
 @dataclass
 class BlockContext:
-    """Prepared once per forward pass; layers of one kind share it.
+    """Prepared once per forward pass; layers of one kind share tables and layout.
 
     cos, sin: [B or 1, T, E], None for a layer without rotary positions. layout: visibility of keys.
-    cache: keys and values so far of this layer, None outside decoding.
+    cache: keys and values so far of this layer, None outside decoding. keep: what a fused layer
+    keeps for its backward.
     """
 
     cos: Tensor | None
     sin: Tensor | None
     layout: AttentionLayout
     cache: Any = None
+    keep: Keep = field(default_factory=Keep)

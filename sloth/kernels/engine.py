@@ -29,6 +29,14 @@ Engine = Literal["torch", "triton"]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a float dtype, for kernels that read addresses from a table."""
+    names = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+    return getattr(tl, names[dtype])
+
+
 _forced: Engine | None = None
 
 

@@ -8,21 +8,25 @@ plugs in. Shapes: B batch, T tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sloth.kernels.context import BlockContext
+from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.dispatch import Level, ops_of, twin_of
+from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention import AttentionLayout
+from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
 from sloth.models.rope import Rope
 
 RunBlock = Callable[[nn.Module, Tensor, BlockContext], Tensor]
+# (rows B, tokens T) -> what each fused layer keeps for its backward.
+Planner = Callable[[int, int], Sequence[Keep]]
 
 
 class RMSNorm(OpModule):
@@ -78,6 +82,7 @@ class Decoder(OpModule):
         self.specs = specs
         self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
         self.run_block: RunBlock = run_plain
+        self.planner: Planner | None = None
 
     @property
     def tied(self) -> bool:
@@ -103,11 +108,7 @@ class Decoder(OpModule):
                 module.ops = ops_of(level)
         self.run_block = run_plain
         if level == "fused":
-            twin = twin_of(self.model_type)
-            # Decoding keeps its cache in the plain block: one token a step has nothing to fuse for.
-            self.run_block = lambda block, hidden, context: (
-                twin(block, hidden, context) if context.cache is None else block(hidden, context)
-            )
+            self.run_block = run_fused(self.model_type)
 
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -150,14 +151,15 @@ class Decoder(OpModule):
         num_trained: the divisor, when a step spans several calls.
         """
         device = self.model.embed_tokens.weight.device
-        targets = labels.to(device)[:, 1:]
+        targets = nn.functional.pad(labels.to(device)[:, 1:], (0, 1), value=IGNORED)
         if positions is not None:
-            first = torch.as_tensor(positions, device=device).expand_as(labels)[:, 1:] == 0
-            targets = targets.masked_fill(first, -100)
-        hidden = self.hidden_states(tokens, positions)[:, :-1]
-        hidden, weight = self._head_operands(hidden)
+            starts = torch.as_tensor(positions, device=device).expand_as(labels) == 0
+            targets[:, :-1].masked_fill_(starts[:, 1:], IGNORED)
+        targets = targets.flatten()
+        rows = TrainedRows(targets)
+        hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
         return self.ops.linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), num_trained
+            hidden.flatten(0, 1), weight, targets, num_trained, trained_rows=rows
         )
 
     def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,17 +202,34 @@ class Decoder(OpModule):
             parameters: rope.tables(positions, hidden.dtype)
             for parameters, rope in self._ropes.items()
         }
+        keeps = self.planner(batch, length) if self.planner and not cache else None
         contexts = []
         for index, spec in enumerate(self.specs):
             cos, sin = tables[spec.rope] if spec.rope else (None, None)
             layer_cache = cache.layers[index] if cache else None
-            contexts.append(BlockContext(cos, sin, layouts[spec.window], layer_cache))
+            keep = keeps[index] if keeps else Keep()
+            contexts.append(BlockContext(cos, sin, layouts[spec.window], layer_cache, keep))
         return contexts
 
 
 def run_plain(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
     """The block as its model file writes it."""
     return block(hidden, context)
+
+
+def run_fused(model_type: str) -> RunBlock:
+    """The family's fused twin, with a workspace that lives as long as the level is set.
+
+    Decoding keeps its cache in the plain block: one token a step has nothing to fuse for.
+    """
+    twin, workspace = twin_of(model_type), Workspace()
+
+    def run(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
+        if context.cache is not None:
+            return block(hidden, context)
+        return twin(block, hidden, context, workspace)
+
+    return run
 
 
 def document_indices(positions_BT: Tensor) -> Tensor:

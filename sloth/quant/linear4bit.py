@@ -50,6 +50,10 @@ class Linear4bit(Projection):
         return self.nf4 if self.dense_cache is None else self.dense_cache
 
     @property
+    def address(self) -> int:
+        return (self.weight if self.dense_cache is None else self.dense_cache).data_ptr()
+
+    @property
     def nf4(self) -> NF4Weight:
         """The stored matrix."""
         is_nested = self.nested_absmax is not None

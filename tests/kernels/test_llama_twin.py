@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from sloth.errors import KernelUnavailable
 from sloth.kernels import llama as twin
-from sloth.kernels.context import BlockContext
+from sloth.kernels.context import POLICIES, BlockContext, Keep
 from sloth.kernels.dispatch import REFERENCE
 from sloth.kernels.ops.attention import AttentionLayout
+from sloth.kernels.stacked import Stack
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import LayerCache
 from sloth.models.llama import Block, LlamaConfig
@@ -212,35 +214,62 @@ def test_twin_keeps_documents_apart() -> None:
         assert torch.equal(old[1], new[1]) and not torch.equal(old[0, 3:6], new[0, 3:6])
 
 
-@contextmanager
-def never_called(*names: str) -> Iterator[None]:
-    """Inside, calling one of the twin's functions is an error."""
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(twin, name, side_effect=AssertionError(name)))
-        yield
+BACKWARD = ("glu_bwd", "rms_norm_bwd", "attention_bwd", "rope_bwd")
 
 
 @pytest.mark.parametrize(
-    ("target", "needless"),
+    ("target", "calls"),
     [
-        ("down_proj", ("glu_bwd", "add_rms_norm_bwd", "attention_bwd", "rope_bwd", "rms_norm_bwd")),
-        ("gate_proj", ("add_rms_norm_bwd", "attention_bwd", "rope_bwd", "rms_norm_bwd")),
-        ("o_proj", ("attention_bwd", "rope_bwd", "rms_norm_bwd")),
-        ("k_proj", ("rms_norm_bwd",)),
+        ("down_proj", (0, 0, 0, 0)),
+        ("gate_proj", (1, 0, 0, 0)),
+        ("o_proj", (1, 1, 0, 0)),
+        ("k_proj", (1, 1, 1, 1)),
     ],
 )
+@pytest.mark.parametrize("policy", ["P1", "P6"])
 def test_backward_stops_where_nothing_earlier_wants_a_gradient(
-    target: str, needless: tuple[str, ...]
+    target: str, calls: tuple[int, ...], policy: str
 ) -> None:
     block, context = build(SMALL, (target,)), context_of(SMALL, 9, torch.float64)
+    context.keep = POLICIES[policy]
     hidden = hidden_of(SMALL, 9, dtype=torch.float64)
     full = run_both_ways(twin.block, block, hidden, context)
-    with never_called(*needless):
+    with ExitStack() as stack:
+        spies = [
+            stack.enter_context(mock.patch.object(twin, name, wraps=getattr(twin, name)))
+            for name in BACKWARD
+        ]
         partial = run_both_ways(twin.block, block, hidden, context, needs_dhidden=False)
+    assert tuple(spy.call_count for spy in spies) == calls
     assert len(partial) == 3  # out, dA, dB
     for name, ours in partial.items():
-        assert torch.equal(ours, full[name])
+        torch.testing.assert_close(ours, full[name], **tolerance.FP64_SAME_MATHS)
+
+
+TILED = replace(POLICIES["P3"], tile_tokens=5)
+
+
+@pytest.mark.parametrize("keep", [*POLICIES.values(), TILED], ids=[*POLICIES, "tiled"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_every_policy_gives_the_same_gradients(keep: Keep, dropout: float) -> None:
+    block = build(SMALL, base=Linear4bit, bias=True, dropout=dropout)
+    context = context_of(SMALL, 9, torch.float64, "documents")
+    hidden = hidden_of(SMALL, 9, dtype=torch.float64)
+    expected = run_both_ways(twin.block, block, hidden, context)
+    context.keep = keep
+    with nan_poisoned_empty():
+        actual = run_both_ways(twin.block, block, hidden, context)
+    for name, theirs in expected.items():
+        torch.testing.assert_close(actual[name], theirs, **tolerance.FP64_SAME_MATHS)
+
+
+def test_down_proj_is_never_computed_twice() -> None:
+    block, context = build(SMALL), context_of(SMALL, 9, torch.float64)
+    context.keep = POLICIES["P1"]
+    with mock.patch.object(Stack, "forward", autospec=True, side_effect=Stack.forward) as spy:
+        run_both_ways(twin.block, block, hidden_of(SMALL, 9, dtype=torch.float64), context)
+    runs = [call.args[0].K for call in spy.call_args_list]
+    assert runs.count(SMALL["intermediate_size"]) == 1 and len(runs) == 7
 
 
 def test_single_factors_may_be_frozen() -> None:
@@ -250,16 +279,19 @@ def test_single_factors_may_be_frozen() -> None:
     assert_equal_to_plain(block, hidden_of(SMALL, 9, dtype=torch.float64), context)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("base", [Linear, Linear4bit])
-def test_twin_saves_what_its_policy_says(base: type[Projection]) -> None:
+def test_twin_saves_what_its_policy_says(base: type[Projection], policy: str) -> None:
     num_tokens = 40
     block, context = build(SMALL, SOME, base), context_of(SMALL, num_tokens, torch.float64)
+    context.keep = keep = POLICIES[policy]
     factors = {p.data_ptr() for p in block.parameters() if p.requires_grad}
-    sizes: list[int] = []
+    sizes: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if x.data_ptr() not in factors:
-            sizes.append(x.numel())
+        if x.data_ptr() not in factors:  # by storage: a view keeps all of it
+            storage = x.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes() // x.element_size()
         return x
 
     hidden = hidden_of(SMALL, num_tokens, dtype=torch.float64).requires_grad_()
@@ -268,8 +300,10 @@ def test_twin_saves_what_its_policy_says(base: type[Projection]) -> None:
     width = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["head_dim"]
     model, ffn = width[0], width[1]
     queries, keys = (SMALL[f"num_{kind}_heads"] * width[2] for kind in ("attention", "key_value"))
-    a_token = 2 * model + 2 * queries + 2 * keys + 2 * ffn + len(SOME) * RANK
-    assert sum(sizes) == BATCH * num_tokens * a_token
+    a_token = model + 2 * 64  # x, and X A^T of two stacks
+    a_token += queries * keep.attention + model * keep.hidden
+    a_token += (queries + 2 * keys) * keep.qkv + ffn * (keep.gate + keep.up)
+    assert sum(sizes.values()) == BATCH * num_tokens * a_token
 
 
 def test_backward_may_run_twice() -> None:

@@ -42,10 +42,10 @@ def add_rms_norm_reference(
 
 
 def _add_rms_norm_fwd_torch(
-    delta: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+    delta: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = delta + residual
-    y, rstd = _rms_norm_fwd_torch(hidden, weight, eps, offset)
+    y, rstd = _rms_norm_fwd_torch(hidden, weight, eps, offset, out)
     return y, hidden, rstd
 
 
@@ -59,7 +59,8 @@ def _add_rms_norm_fwd_kernel(
     rstd_ptr,
     delta_stride,
     residual_stride,
-    out_stride,
+    hidden_stride,
+    y_stride,
     num_cols,
     eps,
     OFFSET: tl.constexpr,
@@ -72,11 +73,11 @@ def _add_rms_norm_fwd_kernel(
     residual = tl.load(residual_ptr + row * residual_stride + cols, mask=mask, other=0.0)
     w = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     hidden = (delta.to(tl.float32) + residual.to(tl.float32)).to(hidden_ptr.dtype.element_ty)
-    tl.store(hidden_ptr + row * out_stride + cols, hidden, mask=mask)
+    tl.store(hidden_ptr + row * hidden_stride + cols, hidden, mask=mask)
     x = hidden.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / num_cols + eps)
     y = normalize_row(x, w, rstd, hidden.dtype, OFFSET)
-    tl.store(y_ptr + row * out_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + row, rstd)
 
 
@@ -92,7 +93,8 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
                 "rstd_ptr": "*fp32",
                 "delta_stride": "i32:16",
                 "residual_stride": "i32:16",
-                "out_stride": "i32:16",
+                "hidden_stride": "i32:16",
+                "y_stride": "i32:16",
                 "num_cols": "i32:16",
                 "eps": "fp32",
             },
@@ -104,14 +106,14 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
 
 
 def _add_rms_norm_fwd_triton(
-    delta: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+    delta: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     delta_ND, residual_ND, weight = as_rows(delta), as_rows(residual), weight.contiguous()
     num_rows, num_cols = delta_ND.shape
     hidden_dtype = torch.promote_types(delta.dtype, residual.dtype)
     y_dtype = normed_dtype(hidden_dtype, weight.dtype, offset)
     hidden = torch.empty(delta.shape, device=delta.device, dtype=hidden_dtype)
-    y = torch.empty(delta.shape, device=delta.device, dtype=y_dtype)
+    y = torch.empty(delta.shape, device=delta.device, dtype=y_dtype) if out is None else out
     rstd = torch.empty(num_rows, device=delta.device, dtype=torch.float32)
     block = next_power_of_2(num_cols)
     if num_rows:
@@ -125,6 +127,7 @@ def _add_rms_norm_fwd_triton(
             delta_ND.stride(0),
             residual_ND.stride(0),
             num_cols,
+            num_cols if out is None else out.stride(0),
             num_cols,
             eps,
             OFFSET=float(offset),
@@ -135,16 +138,24 @@ def _add_rms_norm_fwd_triton(
 
 
 def add_rms_norm_fwd(
-    delta: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+    delta: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta, residual [..., D], weight [D] -> (y [..., D], hidden [..., D], rstd [N])."""
+    """delta, residual [..., D], weight [D] -> (y [..., D], hidden [..., D], rstd [N]).
+
+    `out` [N, D] takes y: inner stride 1, any row stride.
+    """
     if delta.shape != residual.shape:
         raise ValueError(
             f"add_rms_norm: delta {tuple(delta.shape)} and residual {tuple(residual.shape)} differ"
         )
     triton_engine = engine_for(delta) == "triton"
     engine = _add_rms_norm_fwd_triton if triton_engine else _add_rms_norm_fwd_torch
-    return engine(delta, residual, weight, eps, offset)
+    return engine(delta, residual, weight, eps, offset, out)
 
 
 def add_rms_norm_bwd(
@@ -155,12 +166,13 @@ def add_rms_norm_bwd(
     rstd: Tensor,
     offset: float,
     need_dweight: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """-> (dx [..., D], dweight [D] or None); dx is the gradient of delta and of residual alike.
 
-    `dhidden` None says that nothing but the norm used hidden.
+    `dhidden` None says that nothing but the norm used hidden. `out` [N, D] takes dx.
     """
-    return rms_norm_bwd(dy, hidden, weight, rstd, offset, need_dweight, dresidual=dhidden)
+    return rms_norm_bwd(dy, hidden, weight, rstd, offset, need_dweight, dhidden, out)
 
 
 class AddRMSNormFunction(torch.autograd.Function):

@@ -34,6 +34,9 @@ from sloth.kernels.engine import engine_for, jit, tl
 from sloth.kernels.rows import as_rows, compute_dtype, next_power_of_2, warps_for
 
 Activation = Literal["silu", "gelu_tanh"]
+Gradients = tuple[Tensor, Tensor]
+# Where a backward puts dgate and dup, and y again if a third is given.
+Outs = tuple[Tensor, ...] | None
 
 _TWO_SQRT_2_OVER_PI = 1.5957691216057308
 _CUBIC = 0.044715
@@ -61,18 +64,24 @@ def _gate_and_slope(gate: Tensor, activation: Activation) -> tuple[Tensor, Tenso
     return p, p + gate * p * torch.sigmoid(-z) * z_slope
 
 
-def _glu_fwd_torch(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def _glu_fwd_torch(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None) -> Tensor:
     wide = compute_dtype(gate.dtype)
-    return glu_reference(gate.to(wide), up.to(wide), activation).to(gate.dtype)
+    y = glu_reference(gate.to(wide), up.to(wide), activation).to(gate.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def _glu_bwd_torch(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, gate: Tensor, up: Tensor, activation: Activation, outs: Outs
+) -> Gradients:
     wide = compute_dtype(gate.dtype)
-    g, dy = gate.to(wide), dy.to(wide)
+    g, u, wide_dy = gate.to(wide), up.to(wide), dy.to(wide)
     p, slope = _gate_and_slope(g, activation)
-    return (dy * up.to(wide) * slope).to(gate.dtype), (dy * g * p).to(up.dtype)
+    results = (wide_dy * u * slope, wide_dy * g * p, g * p * u)
+    if outs is None:
+        return results[0].to(gate.dtype), results[1].to(up.dtype)
+    for out, result in zip(outs, results, strict=False):
+        out.copy_(result)
+    return outs[0], outs[1]
 
 
 @jit
@@ -122,11 +131,15 @@ def _glu_bwd_kernel(
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    y_ptr,
     dy_stride,
     gate_stride,
     up_stride,
-    out_stride,
+    dgate_stride,
+    dup_stride,
+    y_stride,
     num_cols,
+    NEED_Y: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -137,26 +150,31 @@ def _glu_bwd_kernel(
     g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
     p, slope = _gate_and_slope_tile(g, GELU)
-    out = row * out_stride + cols
-    tl.store(dgate_ptr + out, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + out, (dy * g * p).to(dup_ptr.dtype.element_ty), mask=mask)
+    dgate = (dy * up * slope).to(dgate_ptr.dtype.element_ty)
+    dup = (dy * g * p).to(dup_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)
+    tl.store(dup_ptr + row * dup_stride + cols, dup, mask=mask)
+    if NEED_Y:
+        y = (g * p * up).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row * y_stride + cols, y, mask=mask)
 
 
-def _compile_entry(pointers: str, strides: str, gelu: bool) -> dict[str, Any]:
+def _compile_entry(pointers: str, strides: str, gelu: bool, **flags: bool) -> dict[str, Any]:
     return {
         "signature": {
             **{f"{name}_ptr": "*bf16" for name in pointers.split()},
             **{f"{name}_stride": "i32:16" for name in strides.split()},
             "num_cols": "i32:16",
         },
-        "constexprs": {"GELU": gelu, "BLOCK_F": _BLOCK},
+        "constexprs": {"GELU": gelu, "BLOCK_F": _BLOCK, **flags},
         "options": {"num_warps": warps_for(2 * _BLOCK)},
     }
 
 
+_BACKWARD = "dy gate up dgate dup y"
 COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
     "_glu_fwd_kernel": [_compile_entry("gate up y", "gate up y", gelu=False)],
-    "_glu_bwd_kernel": [_compile_entry("dy gate up dgate dup", "dy gate up out", gelu=True)],
+    "_glu_bwd_kernel": [_compile_entry(_BACKWARD, _BACKWARD, gelu=True, NEED_Y=True)],
 }
 
 
@@ -165,10 +183,10 @@ def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int], int]:
     return (num_rows, -(-num_cols // block)), block
 
 
-def _glu_fwd_triton(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def _glu_fwd_triton(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None) -> Tensor:
     gate_NF, up_NF = as_rows(gate), as_rows(up)
     num_rows, num_cols = gate_NF.shape
-    y = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
+    y = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype) if out is None else out
     grid, block = _grid(num_rows, num_cols)
     if num_rows:
         _glu_fwd_kernel[grid](
@@ -177,7 +195,7 @@ def _glu_fwd_triton(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
             y,
             gate_NF.stride(0),
             up_NF.stride(0),
-            num_cols,
+            num_cols if out is None else out.stride(0),
             num_cols,
             GELU=activation == "gelu_tanh",
             BLOCK_F=block,
@@ -187,34 +205,44 @@ def _glu_fwd_triton(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
 
 
 def _glu_bwd_triton(
-    dy: Tensor, gate: Tensor, up: Tensor, activation: Activation
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, gate: Tensor, up: Tensor, activation: Activation, outs: Outs
+) -> Gradients:
     dy_NF, gate_NF, up_NF = as_rows(dy), as_rows(gate), as_rows(up)
     num_rows, num_cols = gate_NF.shape
-    dgate = torch.empty(gate.shape, device=gate.device, dtype=gate.dtype)
-    dup = torch.empty(up.shape, device=up.device, dtype=up.dtype)
+    need_y = outs is not None and len(outs) == 3
+    if outs is None:
+        outs = (
+            torch.empty(gate.shape, device=gate.device, dtype=gate.dtype),
+            torch.empty(up.shape, device=up.device, dtype=up.dtype),
+        )
+    rows = [as_rows(out) for out in outs]
+    y = rows[2] if need_y else dy_NF
     grid, block = _grid(num_rows, num_cols)
     if num_rows:
         _glu_bwd_kernel[grid](
             dy_NF,
             gate_NF,
             up_NF,
-            dgate,
-            dup,
+            rows[0],
+            rows[1],
+            y,
             dy_NF.stride(0),
             gate_NF.stride(0),
             up_NF.stride(0),
+            rows[0].stride(0),
+            rows[1].stride(0),
+            y.stride(0),
             num_cols,
-            num_cols,
+            NEED_Y=need_y,
             GELU=activation == "gelu_tanh",
             BLOCK_F=block,
             num_warps=warps_for(2 * block),
         )
-    return dgate, dup
+    return outs[0], outs[1]
 
 
-def glu_fwd(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """gate, up [..., F] -> y [..., F] in their dtype."""
+def glu_fwd(gate: Tensor, up: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
+    """gate, up [..., F] -> y [..., F] in their dtype; `out` [N, F] takes it, any row stride."""
     if activation not in ("silu", "gelu_tanh"):
         raise ValueError(f"glu: activation {activation!r} is neither 'silu' nor 'gelu_tanh'")
     if gate.shape != up.shape or gate.dtype != up.dtype:
@@ -222,13 +250,19 @@ def glu_fwd(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
             f"glu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ"
         )
     engine = _glu_fwd_triton if engine_for(gate) == "triton" else _glu_fwd_torch
-    return engine(gate, up, activation)
+    return engine(gate, up, activation, out)
 
 
-def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """dy, gate, up [..., F] -> (dgate, dup)."""
+def glu_bwd(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: Activation, outs: Outs = None
+) -> Gradients:
+    """dy, gate, up [..., F] -> (dgate, dup).
+
+    outs: tensors [N, F] of any row stride that take dgate and dup, and, if there is a third, y once
+    more. They may be gate, up and dy themselves, element for element.
+    """
     engine = _glu_bwd_triton if engine_for(gate) == "triton" else _glu_bwd_torch
-    return engine(dy, gate, up, activation)
+    return engine(dy, gate, up, activation, outs)
 
 
 class GLUFunction(torch.autograd.Function):

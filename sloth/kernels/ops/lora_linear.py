@@ -136,7 +136,7 @@ def lora_linear_bwd(
         dx = dy_NO @ dense_weight(base, dtype)
     if needs.dweight:
         assert x_NI is not None and isinstance(base, Tensor)
-        dweight = _sum_over_rows(dy_NO, x_NI, base.dtype)
+        dweight = sum_over_rows(dy_NO, x_NI, base.dtype)
     if needs.dbias:
         dbias = dy_NO.sum(0)
     if lora is not None and (needs.dx or needs.dA):
@@ -148,10 +148,10 @@ def lora_linear_bwd(
                 dx.addcmul_(v_NR @ lora.A.to(dtype), mask)
         if needs.dA:
             assert x_NI is not None
-            dA = _sum_over_rows(v_NR, x_NI if mask is None else x_NI * mask, lora.A.dtype)
+            dA = sum_over_rows(v_NR, x_NI if mask is None else x_NI * mask, lora.A.dtype)
     if lora is not None and needs.dB:
         assert low is not None
-        dB = _sum_over_rows(dy_NO, _rows(low), lora.B.dtype) * lora.scale
+        dB = sum_over_rows(dy_NO, _rows(low), lora.B.dtype) * lora.scale
     if dx is not None:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])
     return LoraLinearGrads(dx, dweight, dbias, dA, dB)
@@ -162,7 +162,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _sum_over_rows(left_NP: Tensor, right_NQ: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_over_rows(left_NP: Tensor, right_NQ: Tensor, dtype: torch.dtype) -> Tensor:
     """left^T right [P, Q] in `dtype`, accumulated in fp32 or wider and rounded to `dtype` alone."""
     if left_NP.is_cuda and dtype == torch.float32 and left_NP.dtype in _HALF:
         # An fp32 result costs nothing extra, and rules out the 16-bit partial sums of split K.

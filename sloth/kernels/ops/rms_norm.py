@@ -49,7 +49,7 @@ def normed_dtype(x_dtype: torch.dtype, weight_dtype: torch.dtype, offset: float)
 
 
 def _rms_norm_fwd_torch(
-    x: Tensor, weight: Tensor, eps: float, offset: float
+    x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     x_wide = x.to(compute_dtype(x.dtype))
     rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
@@ -58,7 +58,7 @@ def _rms_norm_fwd_torch(
         y = normed.to(x.dtype) * weight
     else:
         y = (normed * (weight.to(normed.dtype) + offset)).to(x.dtype)
-    return y, rstd.flatten()
+    return y if out is None else out.copy_(y), rstd.flatten()
 
 
 def _rms_norm_bwd_torch(
@@ -69,6 +69,7 @@ def _rms_norm_bwd_torch(
     offset: float,
     need_dweight: bool,
     dresidual: Tensor | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     wide = rstd.dtype
     rstd = rstd.view(*x.shape[:-1], 1)
@@ -81,7 +82,8 @@ def _rms_norm_bwd_torch(
     dweight = None
     if need_dweight:
         dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
-    return dx.to(x.dtype), dweight
+    dx = dx.to(x.dtype)
+    return dx if out is None else out.copy_(dx), dweight
 
 
 @jit
@@ -209,12 +211,12 @@ COMPILE_SIGNATURES = _compile_signatures()
 
 
 def _rms_norm_fwd_triton(
-    x: Tensor, weight: Tensor, eps: float, offset: float
+    x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     x_ND, weight = as_rows(x), weight.contiguous()
     num_rows, num_cols = x_ND.shape
     y_dtype = normed_dtype(x.dtype, weight.dtype, offset)
-    y = torch.empty(x.shape, device=x.device, dtype=y_dtype)
+    y = torch.empty(x.shape, device=x.device, dtype=y_dtype) if out is None else out
     rstd = torch.empty(num_rows, device=x.device, dtype=torch.float32)
     block = next_power_of_2(num_cols)
     if num_rows:
@@ -224,7 +226,7 @@ def _rms_norm_fwd_triton(
             y,
             rstd,
             x_ND.stride(0),
-            num_cols,
+            num_cols if out is None else out.stride(0),
             num_cols,
             eps,
             OFFSET=float(offset),
@@ -242,11 +244,12 @@ def _rms_norm_bwd_triton(
     offset: float,
     need_dweight: bool,
     dresidual: Tensor | None,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     dy_ND, x_ND, weight = as_rows(dy), as_rows(x), weight.contiguous()
     dresidual_ND = dy_ND if dresidual is None else as_rows(dresidual)
     num_rows, num_cols = x_ND.shape
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype) if out is None else out
     num_programs = min(num_rows, _DWEIGHT_PROGRAMS) if need_dweight else num_rows
     partial_shape = (num_programs, num_cols) if need_dweight else (1,)
     partial = torch.empty(partial_shape, device=x.device, dtype=torch.float32)
@@ -263,7 +266,7 @@ def _rms_norm_bwd_triton(
             dy_ND.stride(0),
             x_ND.stride(0),
             dresidual_ND.stride(0),
-            num_cols,
+            num_cols if out is None else out.stride(0),
             num_rows,
             num_cols,
             OFFSET=float(offset),
@@ -275,10 +278,15 @@ def _rms_norm_bwd_triton(
     return dx, partial.sum(0).to(weight.dtype) if need_dweight else None
 
 
-def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """x [..., D], weight [D] -> (y [..., D], rstd [N] in the accumulation dtype)."""
+def rms_norm_fwd(
+    x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [..., D], weight [D] -> (y [..., D], rstd [N] in the accumulation dtype).
+
+    `out` [N, D] takes y: inner stride 1, any row stride.
+    """
     engine = _rms_norm_fwd_triton if engine_for(x) == "triton" else _rms_norm_fwd_torch
-    return engine(x, weight, eps, offset)
+    return engine(x, weight, eps, offset, out)
 
 
 def rms_norm_bwd(
@@ -289,14 +297,15 @@ def rms_norm_bwd(
     offset: float,
     need_dweight: bool,
     dresidual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dy, x [..., D], rstd [N] -> (dx [..., D], dweight [D] or None).
 
     `dresidual` [..., D] is a gradient that reaches x by another path; it is added before dx is
-    rounded (`add_rms_norm` uses it).
+    rounded (`add_rms_norm` uses it). `out` [N, D] takes dx.
     """
     engine = _rms_norm_bwd_triton if engine_for(x) == "triton" else _rms_norm_bwd_torch
-    return engine(dy, x, weight, rstd, offset, need_dweight, dresidual)
+    return engine(dy, x, weight, rstd, offset, need_dweight, dresidual, out)
 
 
 class RMSNormFunction(torch.autograd.Function):

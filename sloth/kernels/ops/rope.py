@@ -33,6 +33,8 @@ from sloth.kernels.rows import compute_dtype, next_power_of_2, warps_for
 # the table's load, and 8 elements a thread of each half.
 _TILE = 1024
 
+Outs = tuple[Tensor, Tensor] | None
+
 
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
@@ -47,7 +49,7 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _rope_torch(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float, outs: Outs
 ) -> tuple[Tensor, Tensor]:
     wide = compute_dtype(q.dtype)
     half = q.shape[-1] // 2
@@ -58,7 +60,9 @@ def _rope_torch(
         x1, x2 = x.to(wide).chunk(2, dim=-1)
         return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
-    return rotate(q), rotate(k)
+    if outs is None:
+        return rotate(q), rotate(k)
+    return outs[0].copy_(rotate(q)), outs[1].copy_(rotate(k))
 
 
 @jit
@@ -97,6 +101,8 @@ def _rope_kernel(
     sin_stride_b,
     sin_stride_t,
     sin_stride_e,
+    q_out_stride,
+    k_out_stride,
     num_tokens,
     num_q_heads,
     num_k_heads,
@@ -119,14 +125,14 @@ def _rope_kernel(
     if tile < num_q_tiles:
         heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         x_ptr = q_ptr + batch * q_stride_b + token * q_stride_t
-        y_ptr = q_out_ptr + row * num_q_heads * (2 * half)
+        y_ptr = q_out_ptr + row * q_out_stride
         _rotate_tile(
             x_ptr, y_ptr, heads, num_q_heads, q_stride_h, q_stride_e, pairs, half, pair_mask, c, s
         )
     else:
         heads = (tile - num_q_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
         x_ptr = k_ptr + batch * k_stride_b + token * k_stride_t
-        y_ptr = k_out_ptr + row * num_k_heads * (2 * half)
+        y_ptr = k_out_ptr + row * k_out_stride
         _rotate_tile(
             x_ptr, y_ptr, heads, num_k_heads, k_stride_h, k_stride_e, pairs, half, pair_mask, c, s
         )
@@ -137,6 +143,7 @@ _POINTERS = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
 _STRIDES = tuple(f"{x}_stride_{dim}" for x in "qk" for dim in "bth") + tuple(
     f"{x}_stride_{dim}" for x in ("cos", "sin") for dim in "bt"
 )
+_STRIDES += ("q_out_stride", "k_out_stride")
 COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
     "_rope_kernel": [
         {
@@ -161,14 +168,17 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
 
 
 def _rope_triton(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float, outs: Outs
 ) -> tuple[Tensor, Tensor]:
     batch, num_tokens, num_q_heads, head_dim = q.shape
     num_k_heads, half = k.shape[2], head_dim // 2
     # a table shared by the batch is read through a stride of 0
     cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-    q_out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    k_out = torch.empty(k.shape, device=k.device, dtype=k.dtype)
+    if outs is None:
+        q_out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+        k_out = torch.empty(k.shape, device=k.device, dtype=k.dtype)
+    else:
+        q_out, k_out = outs
     block_e = next_power_of_2(half)
     block_h = min(max(_TILE // block_e, 1), next_power_of_2(max(num_q_heads, num_k_heads)))
     num_tiles = -(-num_q_heads // block_h) - (-num_k_heads // block_h)
@@ -184,6 +194,8 @@ def _rope_triton(
             *k.stride(),
             *cos.stride(),
             *sin.stride(),
+            q_out.stride(1),
+            k_out.stride(1),
             num_tokens,
             num_q_heads,
             num_k_heads,
@@ -196,25 +208,35 @@ def _rope_triton(
     return q_out, k_out
 
 
-def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float, outs: Outs
+) -> tuple[Tensor, Tensor]:
     engine = _rope_triton if engine_for(q) == "triton" else _rope_torch
-    return engine(q, k, cos, sin, sign)
+    return engine(q, k, cos, sin, sign, outs)
 
 
-def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [B,T,H,E], k [B,T,K,E], cos and sin [B or 1,T,E] -> rotated (q, k), contiguous."""
+def rope_fwd(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, outs: Outs = None
+) -> tuple[Tensor, Tensor]:
+    """q [B,T,H,E], k [B,T,K,E], cos and sin [B or 1,T,E] -> rotated (q, k), contiguous.
+
+    outs: two tensors that take them instead, heads contiguous and tokens evenly spaced (stride(0)
+    is T stride(1)); they may be q and k themselves.
+    """
     num_tokens, head_dim = q.shape[1], q.shape[-1]
     if head_dim % 2 or k.shape[-1] != head_dim or cos.shape[1:] != (num_tokens, head_dim):
         raise ValueError(
             f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit: "
             "expected q [B,T,H,E], k [B,T,K,E], cos and sin [B or 1,T,E] with an even E"
         )
-    return _rope(q, k, cos, sin, 1.0)
+    return _rope(q, k, cos, sin, 1.0, outs)
 
 
-def rope_bwd(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope_bwd(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, outs: Outs = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of the rotated q and k -> gradients of q and k: the transposed map."""
-    return _rope(dq, dk, cos, sin, -1.0)
+    return _rope(dq, dk, cos, sin, -1.0, outs)
 
 
 class RopeFunction(torch.autograd.Function):

@@ -1,0 +1,171 @@
+"""The frozen half of a fused layer: its stacks of projections, the scratch they compute from.
+
+A `Workspace` belongs to one network. It remembers each block's `FusedLayer`, rebuilt only when a
+matrix was replaced, and owns the scratch that layers of one shape share: a layer fills it, uses it,
+and the next one fills it anew. So a workspace serves one stream at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sloth.errors import KernelUnavailable
+from sloth.kernels.ops.batch import CopyBatch, NF4Batch
+from sloth.kernels.stacked import Stack, StackShape
+
+# Stack name -> paths of its projections inside a block, in stacking order.
+Groups = Mapping[str, Sequence[str]]
+
+
+class FusedLayer:
+    """What a twin needs of one block, prepared: its stacks, its norms, what fills the scratch.
+
+    stacks: by name. norms: modules with weight, eps and offset. matrices: A and B of every
+    projection in stack order, None without an adapter or while it is switched off.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Groups,
+        norms: Sequence[str],
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        modules = dict(block.named_modules())
+        self.paths = [path for paths in groups.values() for path in paths]
+        self.members: list[Any] = [modules[path] for path in self.paths]
+        self.norm_paths, self.norms = norms, [modules[path] for path in norms]
+        attention: Any = modules["self_attn"]
+        self.head_dim, self.scale, self.dtype = attention.head_dim, attention.scale, dtype
+        self.stacks: dict[str, Stack] = {}
+        codes, copies = [], []
+        for name, paths in groups.items():
+            stack = _prepare_stack(name, [modules[path] for path in paths], dtype, workspace)
+            self.stacks[name] = stack
+            codes += stack.codes()
+            copies += stack.copies()
+        self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
+        self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
+        self._codes, self._copies = NF4Batch(codes), CopyBatch(copies)
+        self._state = [_state(member) for member in self.members]
+        self.matrices: list[Tensor | None] = []
+        for member in self.members:
+            lora = member.lora
+            self.matrices += (None, None) if lora is None else (lora.A, lora.B)
+
+    def is_current(self, dtype: torch.dtype) -> bool:
+        """Whether nothing it was prepared from has been replaced since."""
+        return dtype == self.dtype and self._state == [_state(member) for member in self.members]
+
+    def fill(self) -> None:
+        """Unpack the codes and write A and B as they are now: two launches."""
+        self._codes.run()
+        self._copies.run()
+
+    def draw_dropout_masks(self, like: Tensor) -> dict[str, list[Tensor | None]]:
+        """Per stack with dropout, one byte for each input element of each member with a LoRA."""
+        if not any(m.lora_dropout and m.training and m.lora is not None for m in self.members):
+            return {}
+        masks: dict[str, list[Tensor | None]] = {}
+        for name, stack in self.stacks.items():
+            drawn = [_draw(member, like, stack.K) for member in stack.members]
+            if any(mask is not None for mask in drawn):
+                masks[name] = drawn
+        return masks
+
+    def refuse_trainable_base(self) -> None:
+        """A twin derives no gradient of the base: an error, rather than one that stays None."""
+        if not torch.is_grad_enabled():
+            return
+        named = [*zip(self.paths, self.members, strict=True)]
+        named += zip(self.norm_paths, self.norms, strict=True)
+        for path, module in named:
+            for kind in ("weight", "bias"):
+                value = getattr(module, kind, None)
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise KernelUnavailable(
+                        f"the fused level derives no gradient of {path}.{kind}, which requires "
+                        "one; freeze the base (add_lora does) or load with level='ops'"
+                    )
+
+
+class Workspace:
+    """Scratch and prepared layers of one network."""
+
+    def __init__(self) -> None:
+        self._scratch: dict[tuple[Any, ...], Tensor] = {}
+        self._layers: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+
+    def scratch(
+        self, name: str, shape: StackShape, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The scratch that stacks of this name and shape share: one of each in a layer."""
+        key = (name, shape, dtype, device)
+        if key not in self._scratch:
+            self._scratch[key] = shape.scratch(dtype, device)
+        return self._scratch[key]
+
+    def layer(
+        self, block: nn.Module, groups: Groups, norms: Sequence[str], dtype: torch.dtype
+    ) -> FusedLayer:
+        """The block, prepared to compute in `dtype`; made anew if a matrix was replaced.
+
+        Raises KernelUnavailable where a base weight, a bias or a norm wants a gradient.
+        """
+        layer = self._layers.get(block)
+        if layer is None or not layer.is_current(dtype):
+            layer = self._layers[block] = FusedLayer(block, groups, norms, dtype, self)
+        layer.refuse_trainable_base()
+        return layer
+
+
+def _prepare_stack(
+    name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace
+) -> Stack:
+    shape = StackShape(
+        members[0].in_features,
+        tuple(member.out_features for member in members),
+        tuple(0 if m.lora_slot is None else len(m.lora_slot.A) for m in members),
+    )
+    bases = [member.base for member in members]
+    device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
+    if not any(isinstance(base, Tensor) for base in bases):
+        return Stack(members, shape, workspace.scratch(name, shape, dtype, device))
+    scratch = shape.scratch(dtype, device)
+    for base, slot in zip(bases, shape.slots, strict=True):
+        if isinstance(base, Tensor):
+            _move_in(base, scratch[slot.rows, : shape.num_inputs])
+    return Stack(members, shape, scratch)
+
+
+def _move_in(weight: Tensor, place: Tensor) -> None:
+    """Let a dense matrix live in `place`: the parameter becomes a view of the scratch."""
+    place.copy_(weight.detach())
+    if weight.dtype == place.dtype:
+        weight.data = place
+
+
+def _state(member: Any) -> tuple[Any, ...]:
+    """What a prepared projection depends on."""
+    A, B, bias = member.lora_A, member.lora_B, member.bias
+    return (
+        member.address,
+        None if bias is None else bias.data_ptr(),
+        None if A is None else A.weight.data_ptr(),
+        None if B is None else B.weight.data_ptr(),
+        member.lora_scale,
+        member.lora_enabled,
+    )
+
+
+def _draw(member: Any, like: Tensor, num_inputs: int) -> Tensor | None:
+    if member.lora is None or not (member.lora_dropout and member.training):
+        return None
+    mask = like.new_empty(len(like), num_inputs)
+    return mask.bernoulli_(1.0 - member.lora_dropout) != 0

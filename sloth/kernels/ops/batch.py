@@ -1,0 +1,267 @@
+"""Many small matrices by one launch: NF4 codes unpacked, or values cast, scaled and copied.
+
+A layer's scratch is made of seven frozen matrices and fourteen LoRA matrices. One launch for each
+would cost more than the work: a 1024 x 4096 matrix unpacks in 4 us. So a batch writes the
+addresses, shapes and strides of its matrices into a table on the device, once, and every program
+finds its own in it.
+
+Bytes moved: those of the copies. Rounding: NF4 as in `nf4.py`; a copy is cast to fp32, scaled,
+and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sloth.kernels.engine import HAS_TRITON, engine_for, jit, tl, triton, triton_dtype
+from sloth.kernels.ops.nf4 import (
+    BLOCKSIZE,
+    NESTED_BLOCKSIZE,
+    UNPACK_BLOCKS,
+    UNPACK_OPTIONS,
+    NF4Weight,
+    nf4_code,
+    nf4_dequantize_reference,
+    num_programs,
+    unpack_blocks,
+)
+
+# Numbers a matrix has in the table of a batch.
+_NF4_FIELDS, _COPY_FIELDS = 9, 8
+# Rows and columns of one program's tile of a copy: thin LoRA matrices stand both ways.
+_TILE = 64
+
+
+@jit
+def _nf4_batch_kernel(
+    table_ptr,
+    code_ptr,
+    map_ptr,
+    NUM_PARTS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A row of the table is a matrix: its first program, addresses, element count, columns, row
+    stride."""
+    program = tl.program_id(0).to(tl.int64)
+    part = 0
+    for i in tl.static_range(1, NUM_PARTS):
+        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
+    row_ptr = table_ptr + part * FIELDS
+    codes_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.uint8))
+    absmax_address = tl.load(row_ptr + 2)
+    if NESTED:
+        absmax_ptr = absmax_address.to(tl.pointer_type(tl.uint8))
+    else:
+        absmax_ptr = absmax_address.to(tl.pointer_type(tl.float32))
+    nested_absmax_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32))
+    offset_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(tl.float32))
+    out_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(OUT))
+    if WHOLE_ROWS:
+        codes_ptr = tl.multiple_of(codes_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    unpack_blocks(
+        codes_ptr,
+        absmax_ptr,
+        nested_absmax_ptr,
+        offset_ptr,
+        code_ptr,
+        map_ptr,
+        out_ptr,
+        (program - tl.load(row_ptr)) * BLOCKS,
+        tl.load(row_ptr + 6),
+        tl.load(row_ptr + 7),
+        tl.load(row_ptr + 8),
+        BLOCKSIZE,
+        NESTED_BLOCKSIZE,
+        NESTED,
+        WHOLE_ROWS,
+        BLOCKS,
+    )
+
+
+@jit
+def _copy_batch_kernel(
+    table_ptr,
+    scales_ptr,
+    NUM_PARTS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    OUT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A row of the table is a matrix: its first program, addresses, rows, columns, row strides, and
+    tiles a row."""
+    program = tl.program_id(0).to(tl.int64)
+    part = 0
+    for i in range(1, NUM_PARTS):
+        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
+    row_ptr = table_ptr + part * FIELDS
+    source_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SOURCE))
+    out_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(OUT))
+    tiles = tl.load(row_ptr + 7)
+    tile = program - tl.load(row_ptr)
+    rows = (tile // tiles) * TILE + tl.arange(0, TILE)[:, None]
+    cols = (tile % tiles) * TILE + tl.arange(0, TILE)[None, :]
+    mask = (rows < tl.load(row_ptr + 3)) & (cols < tl.load(row_ptr + 4))
+    x = tl.load(source_ptr + rows * tl.load(row_ptr + 5) + cols, mask=mask, other=0.0)
+    y = x.to(tl.float32) * tl.load(scales_ptr + part)
+    tl.store(out_ptr + rows * tl.load(row_ptr + 6) + cols, y.to(OUT), mask=mask)
+
+
+_OUT = tl.bfloat16 if HAS_TRITON else None
+COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
+    "_nf4_batch_kernel": [
+        {
+            "signature": {"table_ptr": "*i64", "code_ptr": "*fp32", "map_ptr": "*fp32"},
+            "constexprs": {
+                "NUM_PARTS": 7,
+                "FIELDS": _NF4_FIELDS,
+                "OUT": _OUT,
+                "BLOCKSIZE": BLOCKSIZE,
+                "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE,
+                "NESTED": True,
+                "WHOLE_ROWS": True,
+                "BLOCKS": UNPACK_BLOCKS,
+            },
+            "options": UNPACK_OPTIONS,
+        },
+    ],
+    "_copy_batch_kernel": [
+        {
+            "signature": {"table_ptr": "*i64", "scales_ptr": "*fp32"},
+            "constexprs": {
+                "NUM_PARTS": 14,
+                "FIELDS": _COPY_FIELDS,
+                "SOURCE": tl.float32 if HAS_TRITON else None,
+                "OUT": _OUT,
+                "TILE": _TILE,
+            },
+        },
+    ],
+}
+
+
+class NF4Batch:
+    """Matrices that are unpacked together, each into a view of its own: one launch.
+
+    parts: (codes, out) pairs; out [out, in] of the dtype to unpack to, inner stride 1, any row
+    stride. The addresses are read once, here; the batch keeps its tensors alive.
+    """
+
+    def __init__(self, parts: Sequence[tuple[NF4Weight, Tensor]]) -> None:
+        self.parts = list(parts)
+        self._launches: list[Callable[[], object]] = []
+        if not self.parts:
+            return
+        if engine_for(self.parts[0][1]) == "torch":
+            self._launches = [partial(_unpack_torch, *part) for part in self.parts]
+            return
+        kinds: dict[tuple[bool, bool], list[tuple[NF4Weight, Tensor]]] = {}
+        for w, out in self.parts:
+            aligned = w.codes.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+            whole_rows = aligned and w.shape[1] % w.blocksize == 0 and out.stride(0) % 8 == 0
+            kinds.setdefault((w.nested_absmax is not None, whole_rows), []).append((w, out))
+        self._launches = [
+            _batch_launch(same, nested, whole_rows) for (nested, whole_rows), same in kinds.items()
+        ]
+
+    def run(self) -> None:
+        """Unpack every part."""
+        for launch in self._launches:
+            launch()
+
+
+def _unpack_torch(w: NF4Weight, out: Tensor) -> None:
+    out.copy_(nf4_dequantize_reference(w, out.dtype))
+
+
+def _batch_launch(
+    parts: list[tuple[NF4Weight, Tensor]], nested: bool, whole_rows: bool
+) -> Callable[[], object]:
+    rows, programs = [], 0
+    for w, out in parts:
+        tensors = (w.codes, w.absmax, w.nested_absmax, w.offset, out)
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        rows.append([programs, *addresses, w.shape[0] * w.shape[1], w.shape[1], out.stride(0)])
+        programs += num_programs(w)
+    device, dtype = parts[0][1].device, parts[0][1].dtype
+    table, code = torch.tensor(rows, device=device), nf4_code(device)
+    return partial(
+        _nf4_batch_kernel[(programs,)],
+        table,
+        code,
+        parts[0][0].nested_map if nested else code,
+        NUM_PARTS=len(parts),
+        FIELDS=_NF4_FIELDS,
+        OUT=triton_dtype(dtype),
+        BLOCKSIZE=parts[0][0].blocksize,
+        NESTED_BLOCKSIZE=parts[0][0].nested_blocksize,
+        NESTED=nested,
+        WHOLE_ROWS=whole_rows,
+        BLOCKS=UNPACK_BLOCKS,
+        **UNPACK_OPTIONS,
+    )
+
+
+class CopyBatch:
+    """out = scale * source for many matrices, cast to out's dtype: one launch.
+
+    parts: (source [n, k], out [n, k], scale), both with inner stride 1. The addresses are read
+    once, here, the values at every run; the batch keeps its tensors alive.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+        self.parts = list(parts)
+        self._launches: list[Callable[[], object]] = []
+        if not self.parts:
+            return
+        if engine_for(self.parts[0][1]) == "torch":
+            self._launches = [partial(_copy_torch, *part) for part in self.parts]
+            return
+        kinds: dict[torch.dtype, list[tuple[Tensor, Tensor, float]]] = {}
+        for part in self.parts:
+            kinds.setdefault(part[0].dtype, []).append(part)
+        self._launches = [_copy_launch(same) for same in kinds.values()]
+
+    def run(self) -> None:
+        """Copy every part."""
+        for launch in self._launches:
+            launch()
+
+
+def _copy_torch(source: Tensor, out: Tensor, scale: float) -> None:
+    wide = torch.promote_types(source.dtype, torch.float32)
+    out.copy_(source.detach().to(wide) * scale)
+
+
+def _copy_launch(parts: list[tuple[Tensor, Tensor, float]]) -> Callable[[], object]:
+    rows, programs = [], 0
+    for source, out, _ in parts:
+        num_rows, num_cols = source.shape
+        tiles = triton.cdiv(num_cols, _TILE)
+        strides = (source.stride(0), out.stride(0))
+        addresses = (source.data_ptr(), out.data_ptr())
+        rows.append([programs, *addresses, num_rows, num_cols, *strides, tiles])
+        programs += tiles * triton.cdiv(num_rows, _TILE)
+    device = parts[0][1].device
+    return partial(
+        _copy_batch_kernel[(programs,)],
+        torch.tensor(rows, device=device),
+        torch.tensor([scale for *_, scale in parts], device=device),
+        NUM_PARTS=len(parts),
+        FIELDS=_COPY_FIELDS,
+        SOURCE=triton_dtype(parts[0][0].dtype),
+        OUT=triton_dtype(parts[0][1].dtype),
+        TILE=_TILE,
+    )

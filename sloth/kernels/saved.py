@@ -1,0 +1,133 @@
+"""What a fused layer carries from its forward to its backward, and the gradients it collects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sloth.kernels.layer import FusedLayer
+from sloth.kernels.stacked import Factors, Masks, Stack
+
+_KEPT = ("x", "qkv", "o", "h", "gate", "up")
+
+
+class Saved:
+    """Tensors of one call, by name; None for what is not kept.
+
+    x, h [N, D]; qkv [N, (H + 2 K) E]; o [B, H, T, E]; gate, up [N, F]. stats: what attention's
+    backward needs beside q, k, v and o. lows: X A^T [N, R] of each stack. masks: per stack with
+    dropout, which inputs of each member's A survived (bool [N, K]).
+    """
+
+    def __init__(self, layer: FusedLayer, x: Tensor) -> None:
+        self.x: Any = x
+        self.qkv: Any = None
+        self.o: Any = None
+        self.h: Any = None
+        self.gate: Any = None
+        self.up: Any = None
+        self.stats: tuple[Tensor | None, ...] = ()
+        self.lows: dict[str, Tensor] = {}
+        self.masks = layer.draw_dropout_masks(x)
+        self._layer = layer
+
+    def put_low(self, name: str, low: Tensor, rows: slice) -> None:
+        """Take over X A^T of some rows."""
+        num_rows = len(self.x)
+        if len(low) == num_rows:
+            self.lows[name] = low
+            return
+        if name not in self.lows:
+            self.lows[name] = low.new_empty(num_rows, low.shape[1])
+        self.lows[name][rows] = low
+
+    def masks_of(self, name: str, rows: slice | None = None) -> Masks:
+        """Dropout masks of a stack's members, scaled, for some rows; None without dropout."""
+        drawn = self.masks.get(name)
+        if drawn is None:
+            return None
+        masks: list[Tensor | None] = []
+        for mask, member in zip(drawn, self._layer.stacks[name].members, strict=True):
+            if mask is not None:
+                mask = mask if rows is None else mask[rows]
+                mask = mask.to(self.x.dtype) / (1.0 - member.lora_dropout)
+            masks.append(mask)
+        return masks
+
+    def store(self, ctx: Any, matrices: Sequence[Tensor | None]) -> None:
+        """Hand everything to autograd, which refuses LoRA matrices changed in place meanwhile."""
+        names, stacks = list(self.lows), list(self.masks)
+        masks = [mask for name in stacks for mask in self.masks[name]]
+        ctx.save_for_backward(
+            *(getattr(self, name) for name in _KEPT),
+            *(self.lows[name] for name in names),
+            *masks,
+            *self.stats,
+            *matrices,
+        )
+        ctx.names, ctx.masked, ctx.num_stats = names, stacks, len(self.stats)
+
+    @classmethod
+    def restore(cls, ctx: Any, layer: FusedLayer) -> Saved:
+        """What `store` handed over."""
+        saved = cls.__new__(cls)
+        tensors = iter(ctx.saved_tensors)
+        for name in _KEPT:
+            setattr(saved, name, next(tensors))
+        saved.lows = {name: next(tensors) for name in ctx.names}
+        saved.masks = {
+            name: [next(tensors) for _ in layer.stacks[name].members] for name in ctx.masked
+        }
+        saved.stats = tuple(next(tensors) for _ in range(ctx.num_stats))
+        saved._layer = layer
+        return saved
+
+
+class Gradients:
+    """Gradients of every A and B of a layer, summed over the row tiles of its MLP.
+
+    needs: which of them are wanted, in the order of `FusedLayer.matrices`.
+    """
+
+    def __init__(self, layer: FusedLayer, needs: Sequence[bool]) -> None:
+        pairs = iter(zip(needs[::2], needs[1::2], strict=True))
+        self._wanted = {
+            name: [next(pairs) for _ in stack.members] for name, stack in layer.stacks.items()
+        }
+        self._factors: dict[str, list[Factors]] = {}
+        self._stacks = layer.stacks
+
+    def wants(self, name: str) -> bool:
+        """Whether a LoRA matrix of this stack wants a gradient."""
+        return any(any(want) for want in self._wanted[name])
+
+    def add(
+        self, name: str, dy: Tensor, x: Tensor, saved: Saved, rows: slice = slice(None)
+    ) -> None:
+        """Add what some rows give: dy [n, N + R] spread, x [n, K or more] the stack's input."""
+        if not self.wants(name):
+            return
+        stack: Stack = self._stacks[name]
+        masks = saved.masks_of(name, rows)
+        new = stack.factor_gradients(dy, x, saved.lows[name][rows], masks, self._wanted[name])
+        old = self._factors.get(name)
+        self._factors[name] = new if old is None else [*map(_added, old, new)]
+
+    def in_order(self) -> list[Tensor | None]:
+        """dA and dB of every projection, None where not wanted."""
+        nothing: Factors = (None, None)
+        return [
+            gradient
+            for name, stack in self._stacks.items()
+            for factors in self._factors.get(name, [nothing] * len(stack.members))
+            for gradient in factors
+        ]
+
+
+def _added(old: Factors, new: Factors) -> Factors:
+    first, second = (
+        None if a is None or b is None else a + b for a, b in zip(old, new, strict=True)
+    )
+    return first, second

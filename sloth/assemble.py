@@ -10,10 +10,11 @@ the file, as "dynamic" bitsandbytes checkpoints leave some projections in 16 bit
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from sloth.errors import CheckpointMismatch, TokenizerMissing, UnknownModel, UnsupportedConfig
 from sloth.formats.checkpoint import SafetensorsFolder
 from sloth.formats.gguf import GGUFFile
+from sloth.formats.wrapper import WRAPPERS, Source, TextTower, text_config
 from sloth.linear import Linear, Projection
 from sloth.models import ARCHITECTURES
 from sloth.models.decoder import Decoder
@@ -33,22 +35,18 @@ _BNB_MARK = ".quant_state.bitsandbytes__nf4"
 _BNB_FP4_MARK = ".quant_state.bitsandbytes__fp4"
 
 
-class Source(Protocol):
-    """Tensors by Hugging Face name; a folder of safetensors or a GGUF file."""
-
-    names: Any
-
-    def tensor(self, name: str) -> Tensor: ...
-
-
 @dataclass
 class Assembled:
-    """A network with what came along with it."""
+    """A network with what came along with it.
+
+    hf_config: the text model's config.json. left_out: tensors of a multimodal model's other parts.
+    """
 
     network: Decoder
     hf_config: dict[str, Any]
     tokenizer: Tokenizer | None
     is_quantized: bool
+    left_out: tuple[str, ...] = ()
 
 
 def assemble(
@@ -67,6 +65,12 @@ def assemble(
     if quant not in QUANTIZATIONS:
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
     source, hf_config, tokenizer = _open(path)
+    left_out: tuple[str, ...] = ()
+    if hf_config.get("model_type") in WRAPPERS:
+        source = TextTower(source)
+        left_out = tuple(source.left_out)
+        _tell_left_out(hf_config["model_type"], left_out)
+        hf_config = text_config(hf_config, ignore_config)
     model_type = hf_config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UnsupportedConfig(
@@ -88,7 +92,7 @@ def assemble(
     _fill(network, source, device, dtype)
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)
-    return Assembled(network.eval(), hf_config, tokenizer, is_quantized)
+    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, left_out)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -115,6 +119,15 @@ def _open(path: Path) -> tuple[Source, dict[str, Any], Tokenizer | None]:
     except TokenizerMissing:
         tokenizer = None
     return SafetensorsFolder(path), hf_config, tokenizer
+
+
+def _tell_left_out(model_type: str, names: Sequence[str]) -> None:
+    parts = sorted({name.removeprefix("model.").split(".")[0] for name in names})
+    warnings.warn(
+        f"this {model_type} model reads images too; sloth loads its text model and leaves out "
+        f"{len(names)} tensors ({', '.join(parts) or 'none are there'})",
+        stacklevel=4,
+    )
 
 
 def _check_quantization(hf_config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The `sloth` command: train, generate, chat, export, info, doctor.
+"""The `sloth` command: train, generate, chat, export, info, doctor, data.
 
 Flags of `train` are the fields of TrainConfig; `--config FILE.yaml` gives others, and flags win
 over the file. torch is imported only where a model is needed, so help is quick. Errors meant for
@@ -18,9 +18,11 @@ import tyro
 from pydantic import Field, ValidationError
 
 from sloth import __version__
+from sloth.arguments import config_path, spell_out_resume
 from sloth.errors import SlothError
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig, load_config
+from sloth.train.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -98,21 +100,23 @@ class Settings(TrainConfig):
 
 @dataclass(frozen=True)
 class Train:
-    """Fine-tune MODEL on DATA (JSONL of messages, prompt and completion, or text)."""
+    """Fine-tune MODEL on DATA: chats, prompts and completions, or texts."""
 
     model: ModelName
     data: tyro.conf.Positional[Path]
-    """JSONL file."""
+    """JSONL, JSON, CSV, TXT or Parquet file, or a folder with train and valid files."""
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     config: Path | None = None
     """YAML file of settings; flags win over it."""
+    dry_run: bool = False
+    """Print what would be done (rows, steps, kernel level, ...) and stop."""
     loading: Loaded = field(default_factory=Loading)
 
 
 def train(arguments: Sequence[str]) -> int:
     """Fine-tune a model."""
-    arguments = _spell_out_resume(arguments)
-    from_file = load_config(_config_path(arguments))
+    arguments = spell_out_resume(arguments)
+    from_file = load_config(config_path(arguments))
     wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
     values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
     shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
@@ -123,6 +127,11 @@ def train(arguments: Sequence[str]) -> int:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = parsed.loading.load(parsed.model, config.quant)
+    if parsed.dry_run:
+        from sloth.train.trainer import Trainer
+
+        _print_rows(Trainer(model, parsed.data, config).dry_run())
+        return 0
     report = model.train(parsed.data, config)
     last = report.losses[-1] if report.losses else float("nan")
     print(
@@ -197,7 +206,7 @@ def chat(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Export:
-    """Write MODEL with its adapter merged, or its base, as a Hugging Face folder."""
+    """Write MODEL with its adapter merged, or its base, as a Hugging Face folder or GGUF file."""
 
     model: ModelName
     merged: Path | None = None
@@ -206,23 +215,39 @@ class Export:
     """Folder for the model without an adapter."""
     quant: Quant = None
     """Write --base in bitsandbytes 4-bit."""
+    gguf: Path | None = None
+    """GGUF file for the model, with --adapter merged if given; a Modelfile comes beside it."""
+    gguf_quant: Literal["f16", "bf16", "q8_0", "q4_0"] | None = None
+    """How --gguf is stored; f16 unless said."""
+    gguf_adapter: Path | None = None
+    """Folder for --adapter as a GGUF file."""
     loading: Loaded = field(default_factory=Loading)
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Write a merged model or a base."""
+    """Write a merged model, a base or an adapter, for Hugging Face or GGUF programs."""
     parsed = _parse(Export, "export", arguments)
-    if parsed.merged is None and parsed.base is None:
-        raise ValueError("nothing to export: give --merged DIR (with --adapter) or --base DIR")
-    if parsed.merged is not None and parsed.loading.adapter is None:
-        raise ValueError("--merged needs --adapter DIR, the adapter to merge")
+    if (parsed.merged, parsed.base, parsed.gguf, parsed.gguf_adapter) == (None,) * 4:
+        raise ValueError(
+            "nothing to export: give --merged DIR (with --adapter), --base DIR, --gguf FILE.gguf "
+            "or --gguf-adapter DIR (with --adapter)"
+        )
+    for flag in ("merged", "gguf_adapter"):
+        if getattr(parsed, flag) is not None and parsed.loading.adapter is None:
+            raise ValueError(f"--{flag.replace('_', '-')} needs --adapter DIR, the adapter")
     if parsed.quant is not None and parsed.base is None:
         raise ValueError("--quant says how --base is written; give --base DIR")
+    if parsed.gguf_quant is not None and parsed.gguf is None:
+        raise ValueError("--gguf-quant says how --gguf is stored; give --gguf FILE.gguf")
     model = parsed.loading.load(parsed.model, None)
     if parsed.merged is not None:
         print(f"merged  {model.save_merged(parsed.merged)}")
     if parsed.base is not None:
         print(f"base    {model.save_base(parsed.base, quant=parsed.quant)}")
+    if parsed.gguf is not None:
+        print(f"gguf    {model.save_gguf(parsed.gguf, quant=parsed.gguf_quant or 'f16')}")
+    if parsed.gguf_adapter is not None:
+        print(f"adapter {model.save_adapter(parsed.gguf_adapter, format='gguf')}")
     return 0
 
 
@@ -270,6 +295,13 @@ def doctor(arguments: Sequence[str]) -> int:
     return 0
 
 
+def data(arguments: Sequence[str]) -> int:
+    """Look at data before training on them."""
+    from sloth import data_command
+
+    return data_command.data(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "generate": generate,
@@ -277,11 +309,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "info": info,
     "doctor": doctor,
+    "data": data,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. 2 for errors a user can mend, 130 for an interrupt."""
+    """Run a command; the exit code. 2 for errors a user can mend, 130 or 143 after a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -291,39 +324,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
-        print(
-            f"error: unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return USAGE_ERROR
+        return _complain(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
     try:
         return command(arguments[1:])
     except ValidationError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        return USAGE_ERROR
+        return _complain(_one_line(error))
     except (SlothError, ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        return _complain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as leaving:  # how tyro ends after help and usage errors
+    except SystemExit as leaving:  # tyro, after help and usage errors; training, after a signal
         return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
+
+
+def _complain(text: str) -> int:
+    """Say what is wrong, on one line and without secrets."""
+    print(f"error: {Redactor().text(' '.join(text.split()))}", file=sys.stderr)
+    return USAGE_ERROR
 
 
 def _help() -> str:
     lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: sloth COMMAND ...",
-            "",
-            "Fine-tune Llama, Mistral, Gemma and Qwen models.",
-            "",
-            *lines,
-            "",
-            "`sloth COMMAND --help` lists a command's flags; `sloth --version` the version.",
-        ]
-    )
+    purpose = "usage: sloth COMMAND ...\n\nFine-tune Llama, Mistral, Gemma and Qwen models.\n"
+    hint = "\n`sloth COMMAND --help` lists a command's flags; `sloth --version` the version."
+    return "\n".join([purpose, *lines, hint])
 
 
 def _parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = None) -> Any:
@@ -335,26 +360,6 @@ def _parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = 
         config=(tyro.conf.AvoidSubcommands,),
         **given,
     )
-
-
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    """The value of --config, read before the flags so that the file can be their default."""
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--config="):
-            return Path(argument.removeprefix("--config="))
-        if argument == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-    return None
-
-
-def _spell_out_resume(arguments: Sequence[str]) -> list[str]:
-    """A bare --resume means True."""
-    spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        spelled.append(argument)
-        if argument == "--resume" and following.startswith("-"):
-            spelled.append("True")
-    return spelled
 
 
 def _stream(

@@ -43,3 +43,34 @@ class OutputExists(SlothError):
 
 class NonFiniteGradients(SlothError):
     """Too many steps in a row with a NaN or infinite gradient."""
+
+
+class SaveFailed(SlothError):
+    """A checkpoint that could not be written: disk full, no permission."""
+
+
+class BudgetTooSmall(SlothError):
+    """A memory budget that no plan of a training step fits into."""
+
+
+class OutOfMemory(SlothError):
+    """One row alone does not fit into the device's memory."""
+
+
+class RankFailed(SlothError):
+    """Another process of the same run failed, so this one stopped, too."""
+
+
+class Interrupted(SystemExit):
+    """Training was asked to stop (SIGINT, SIGTERM) and did, after saving a checkpoint.
+
+    A SystemExit with code 128 + the signal's number, so that an uncaught one ends the process with
+    the status that shells and schedulers expect: 130 or 143.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(128 + signal_number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

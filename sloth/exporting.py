@@ -62,7 +62,7 @@ def save_adapter(model: Model, folder: Path) -> Path:
         raise AdapterMismatch("the model has no adapter to save; call add_lora or train first")
     config, network = model.lora_config, model.network
     tensors = adapter_tensors(network, config)
-    with _published(folder) as partial:
+    with published(folder) as partial:
         save_adapter_files(
             partial,
             config,
@@ -87,14 +87,26 @@ def save_adapter(model: Model, folder: Path) -> Path:
 def save_merged(model: Model, folder: Path, dtype: str | torch.dtype | None = None) -> Path:
     """Dense Hugging Face folder of W + s B A, formed in fp32 and cast once."""
     target = model.dtype if dtype is None else resolve_dtype(dtype, model.device)
+    tensors = ((name, tensor.to(target)) for name, tensor in merged_tensors(model))
+    return _save_folder(model, folder, tensors, target, tied=model.network.tied)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, module, parameter in _entries(model):
-            if isinstance(module, Projection) and name.endswith(".weight"):
-                parameter = merged_weight(module)
-            yield name, parameter.detach().to(target)
 
-    return _save_folder(model, folder, tensors(), target, tied=model.network.tied)
+def merged_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the dense model, W + s B A in fp32, one at a time."""
+    for name, module, parameter in _entries(model):
+        if isinstance(module, Projection) and name.endswith(".weight"):
+            parameter = merged_weight(module)
+        yield name, parameter.detach()
+
+
+def merged_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what `merged_tensors` gives, in its order."""
+    return {
+        name: (module.out_features, module.in_features)
+        if isinstance(module, Projection) and name.endswith(".weight")
+        else tuple(parameter.shape)
+        for name, module, parameter in _entries(model)
+    }
 
 
 def save_base(model: Model, folder: Path, quant: str | None = None) -> Path:
@@ -155,7 +167,7 @@ def _save_folder(
     quant: str | None = None,
     kept_dense: list[str] | None = None,
 ) -> Path:
-    with _published(folder) as partial:
+    with published(folder) as partial:
         write_safetensors(partial, tensors)
         config: dict[str, Any] = model.config.to_hf()
         config |= {"dtype": dtype_name(dtype), "tie_word_embeddings": tied}
@@ -236,7 +248,7 @@ def _as_base(model: Model) -> Iterator[None]:
 
 
 @contextmanager
-def _published(folder: Path) -> Iterator[Path]:
+def published(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the final name only if nothing failed inside."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExists(f"{folder} exists and is not empty; choose another name or remove it")

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sloth import exporting
-from sloth.errors import TokenizerMissing
+from sloth import exporting, exporting_gguf
+from sloth.errors import KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
 from sloth.lora import attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
+from sloth.planning import Planner
 from sloth.text.tokenizer import Tokenizer
 from sloth.train.config import TrainConfig
+from sloth.train.memory import Plan
 
 if TYPE_CHECKING:
     from sloth.train.trainer import TrainReport
@@ -58,6 +60,7 @@ class Model:
         self.originals: dict[str, Tensor] = {}
         self._tokenizer = tokenizer
         self._requested_level = requested_level
+        self._planner = Planner(network)
         if not frozen_base:  # with an adapter on its way the base is about to be frozen
             self._update_level()
 
@@ -71,7 +74,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.network.model.embed_tokens.weight.device
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +170,24 @@ class Model:
             self._requested_level, self.network.model_type, trainable_base
         )
         self.network.set_level(self.level)
+        self._planner.forget()
+        self.network.planner = self._planner.keeps if self.level == "fused" else None
+
+    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Plan:
+        """Choose what every layer keeps for batches of this shape, and predict the step's peak.
+
+        memory_gib: the budget from here on, for other shapes too; None for what is free on the
+        device. Called by itself on a new shape. Raises BudgetTooSmall when even the smallest plan
+        does not fit a stated budget, KernelUnavailable below the fused level, which plans nothing.
+        """
+        if self.level != "fused":
+            raise KernelUnavailable(
+                f"only the fused level has plans; this model runs at {self.level}: "
+                f"{self.level_reason}"
+            )
+        self._planner.memory_gib = memory_gib
+        self._planner.forget()
+        return self._planner.plan(batch, seq)
 
     def train(self, data: Any, config: TrainConfig | None = None, **overrides: Any) -> TrainReport:
         """Train on `data` (a JSONL path, rows, or an iterator); the settings are a TrainConfig's.
@@ -217,8 +238,15 @@ class Model:
 
     # -- saving ----------------------------------------------------------------------------------
 
-    def save_adapter(self, folder: str | Path) -> Path:
-        """Write the adapter as PEFT files. Raises AdapterMismatch without one, OutputExists."""
+    def save_adapter(self, folder: str | Path, format: str = "peft") -> Path:
+        """Write the adapter as PEFT files, or with format="gguf" as adapter.gguf.
+
+        Raises AdapterMismatch without one, OutputExists.
+        """
+        if format not in ("peft", "gguf"):
+            raise ValueError(f"format must be 'peft' or 'gguf', got {format!r}")
+        if format == "gguf":
+            return exporting_gguf.save_gguf_adapter(self, Path(folder))
         return exporting.save_adapter(self, Path(folder))
 
     def save_merged(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> Path:
@@ -228,3 +256,12 @@ class Model:
     def save_base(self, folder: str | Path, quant: str | None = None) -> Path:
         """Write the model without its adapter: dense, or bitsandbytes with quant="nf4"."""
         return exporting.save_base(self, Path(folder), quant)
+
+    def save_gguf(self, path: str | Path, quant: str = "f16") -> Path:
+        """Write one GGUF file with the adapter merged, and a Modelfile for Ollama beside it.
+
+        path: ends in .gguf. quant: "f16", "bf16", "q8_0" or "q4_0". An NF4 base is dequantised
+        first. Raises UnsupportedConfig for what such files cannot say, TokenizerMissing,
+        OutputExists.
+        """
+        return exporting_gguf.save_gguf(self, Path(path), quant)

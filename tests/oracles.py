@@ -6,10 +6,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 # Every size differs from its neighbours so that a swapped dimension cannot pass: head_dim is not
 # hidden / heads, two query heads share one kv head.
@@ -87,16 +94,111 @@ def save_tiny_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **settings}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            elif name.endswith("bias"):
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    _randomise(model)
     model.save_pretrained(folder)
     return folder
+
+
+# model_type -> settings beside TINY_LLAMA; sizes as Hugging Face's GGUF loader needs them, which
+# takes head sizes and query scales of some types from its own defaults.
+_GEMMA: dict[str, Any] = dict(head_dim=256, tie_word_embeddings=True)
+GGUF_TYPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": dict(sliding_window=None),
+    "qwen2": dict(head_dim=16),
+    "qwen3": dict(head_dim=128, tie_word_embeddings=True),
+    "gemma": _GEMMA,
+    "gemma2": dict(**_GEMMA, sliding_window=16, query_pre_attn_scalar=256),
+    "gemma3_text": dict(
+        **_GEMMA, sliding_window=16, query_pre_attn_scalar=256, num_hidden_layers=7
+    ),
+    "smollm3": dict(head_dim=16, num_hidden_layers=5),
+}
+
+
+def save_tiny(model_type: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """A random tiny model of any type as a Hugging Face folder, in fp32."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        model_type, **{**TINY_LLAMA, **GGUF_TYPES.get(model_type, {}), **settings}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    _randomise(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_wrapper(model_type: str, folder: Path, text: dict[str, Any]) -> Path:
+    """A random tiny multimodal model; text: settings of its text model, model_type among them."""
+    torch.manual_seed(0)
+    kinds = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
+    vision = dict(
+        model_type=kinds[model_type],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = AutoConfig.for_model(
+        model_type, text_config={**TINY_LLAMA, **text}, vision_config=vision
+    )
+    model = AutoModelForImageTextToText.from_config(config)
+    _randomise(model.model.language_model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def hf_wrapper_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits [B, T, V] of a multimodal model that is shown text alone, in eager mode."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    )
+    return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def _randomise(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        elif name.endswith("bias"):
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+        else:
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def hf_gguf_logits(path: Path, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of a GGUF file as Hugging Face's own loader reads it, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()(tokens).logits
+
+
+def llama_cpp(path: Path, tokens: list[int], texts: list[str], adapter: Path | None = None) -> Any:
+    """(logits [T, V] of `tokens`, ids of each text) of a GGUF file by llama.cpp itself.
+
+    Skips the test without llama-cpp-python, which is compiled on installation.
+    """
+    binding = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    model = binding.Llama(
+        str(path),
+        n_ctx=128,
+        n_threads=1,
+        logits_all=True,
+        verbose=False,
+        lora_path=None if adapter is None else str(adapter),
+    )
+    try:
+        model.eval(tokens)
+        ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
+        return torch.tensor(model.scores[: len(tokens)]).float(), ids
+    finally:
+        model.close()
 
 
 def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

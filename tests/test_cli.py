@@ -43,6 +43,16 @@ class CommandModel(FakeModel):
         self.calls.append(f"base {quant}")
         return folder
 
+    def save_gguf(self, path, quant):
+        self.calls.append(f"gguf {path} {quant}")
+        return path
+
+    def save_adapter(self, folder, format="peft"):
+        if format == "peft":
+            return super().save_adapter(folder)
+        self.calls.append(f"adapter {folder} {format}")
+        return folder
+
 
 @pytest.fixture
 def loaded(monkeypatch):
@@ -142,6 +152,8 @@ def test_command_trains_as_the_python_interface_does(loaded, tmp_path):
             ["export", "m", "--adapter", "a", "--merged", "d", "--quant", "nf4"],
             "error: --quant says",
         ),
+        (["export", "m", "--gguf-adapter", "d"], "error: --gguf-adapter needs --adapter"),
+        (["export", "m", "--base", "d", "--gguf-quant", "f16"], "error: --gguf-quant says"),
         (["trian"], "error: unknown command 'trian'"),
     ],
 )
@@ -194,6 +206,15 @@ def test_export_writes_what_was_asked_for(loaded, tmp_path, capsys):
     assert cli.main(["export", "m", "--base", "b", "--quant", "nf4"]) == 0
     assert loaded.calls == ["merged", "base nf4"]
     assert "merged  " in capsys.readouterr().out
+
+
+def test_export_writes_gguf_files(loaded, capsys):
+    gguf = ["export", "m", "--gguf", "m.gguf"]
+    assert cli.main(gguf) == 0
+    assert cli.main([*gguf, "--gguf-quant", "q4_0", "--adapter", "a", "--gguf-adapter", "b"]) == 0
+    assert loaded.calls == ["gguf m.gguf f16", "gguf m.gguf q4_0", "adapter b gguf"]
+    assert "gguf    m.gguf" in capsys.readouterr().out
+    assert cli.main([*gguf, "--gguf-quant", "q4_k_m"]) == 2
 
 
 def test_info_says_level_and_why(loaded, capsys):

@@ -28,10 +28,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth.infer",),
     ("sloth.train",),
     ("sloth.assemble",),
-    ("sloth.exporting",),
+    ("sloth.exporting", "sloth.exporting_gguf", "sloth.planning"),
     ("sloth.model",),
     ("sloth.loading",),
-    ("sloth.machine",),
+    ("sloth.machine", "sloth.arguments", "sloth.data_command"),
     ("sloth.cli",),
 )
 # Downward by the table, and still not allowed: (importer, imported, why).
@@ -47,6 +47,8 @@ FORBIDDEN = (
 )
 
 ORACLES = {"transformers", "peft", "trl", "accelerate", "bitsandbytes"}
+# An extra that a run asks for by name, imported there and nowhere else.
+EXTRAS = {("sloth.train.optim", "bitsandbytes")}
 RUNS_CODE_FROM_FILES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 IMPORTS_BY_NAME = ("import_module", "importorskip", "find_spec")
 BUILTINS_THAT_RUN_TEXT = {"eval", "exec", "compile", "__import__"}
@@ -178,7 +180,7 @@ def test_no_module_shares_a_public_functions_name() -> None:
 @pytest.mark.parametrize("module", SLOTH)
 def test_runtime_never_imports_the_oracles(module: str) -> None:
     for line, imported in imports_of(SLOTH[module]):
-        assert imported.split(".")[0] not in ORACLES, (
+        assert imported.split(".")[0] not in ORACLES or (module, imported) in EXTRAS, (
             f"{SLOTH[module].relative_to(ROOT)}:{line} imports {imported}; sloth runs without it, "
             "move the use into a test"
         )

@@ -36,6 +36,7 @@ def randomised(model: sloth.Model) -> sloth.Model:
         for name, parameter in model.network.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
+                noise = noise.to(parameter.device)
                 parameter.add_(noise * (0.1 if "lora" in name else 0.02))
     return model
 

@@ -31,6 +31,9 @@ FLIPPED_ROUNDINGS = 0.01
 # fp64 evaluations of one formula in different orders.
 FP64_SAME_MATHS: Tolerance = {"rtol": 1e-11, "atol": 1e-12}
 
+# The same through every layer of a tiny network and back, where such differences add up.
+FP64_CHAIN: Tolerance = {"rtol": 1e-10, "atol": 1e-11}
+
 # A fast kernel computes in fp32 and rounds once, where the eager formula rounds after every
 # operation, so its error against truth should be the smaller one. The factor leaves room for luck:
 # the largest error over a tensor is one element's, and summation order moves it.
@@ -114,3 +117,25 @@ MERGED_BF16_DIVERGENCE = 1e-3
 # multiplies it; eager's tanh errs by half a unit in the last place of the result, which at a = 1/8,
 # where capped logits mostly lie, is 16 times less. Seen: 5.2 times eager's error (fp16, cap 30).
 SOFTCAP_ERROR_FACTOR = 16.0
+
+# Losses of a few steps with AdamW's moments in 8 bits against 32: a code is off by up to 1.6% of
+# its block's largest; eight steps moved the losses of a tiny model by up to 1.7e-4 of their size.
+EIGHT_BIT_MOMENTS = {"rtol": 1e-3, "atol": 0.0}
+
+
+def gguf_logit_error(quant: str) -> float:
+    """RMS of a tiny model's logits' error over their own after storage in blocks of 32.
+
+    8 bits round by 0.3% of a block's largest element, 4 bits by 7%; measured 0.023 and 0.34 over
+    four layers of random matrices, which add up errors that trained ones average out.
+    """
+    return {"q8_0": 0.05, "q4_0": 0.5}[quant]
+
+
+# RMS of a tiny model's logits' error over their own once its matrices are rounded to bf16, 2^-9 of
+# their size on average, through four to seven layers: 0.007 seen.
+BF16_WEIGHTS_LOGITS = 0.03
+
+# RMS of a tiny model's logits' error over their own between llama.cpp and sloth on one f16 file:
+# llama.cpp rounds activations and its cache to fp16, 2^-11; 0.0007 to 0.0023 seen over all types.
+LLAMA_CPP_LOGITS = 0.01

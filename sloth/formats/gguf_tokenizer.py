@@ -22,7 +22,7 @@ from typing import Any
 
 from sloth.errors import CheckpointMismatch, UnsupportedConfig
 
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -85,7 +85,7 @@ def _one_split(pattern: str) -> list[dict[str, Any]]:
 
 
 # name in tokenizer.ggml.pre -> steps of the pre-tokenizer
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "default": _DEFAULT_STEPS,
     "gpt-2": _GPT2_STEPS,
     "smollm": _SMOLLM_STEPS,
@@ -107,8 +107,8 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 }
 # A word that is itself a token is not split and merged again; a text begins with bos unless the
 # file says no.
-_IGNORE_MERGES = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
-_BEGINS_WITH_BOS = _IGNORE_MERGES
+IGNORE_MERGES = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
+_BEGINS_WITH_BOS = IGNORE_MERGES
 
 
 def rebuild_tokenizer(metadata: dict[str, Any]) -> dict[str, str]:
@@ -175,19 +175,19 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> tuple[dict[s
             stacklevel=2,
         )
         name = "default"
-    if name not in _PRE_TOKENIZERS:
+    if name not in PRE_TOKENIZERS:
         raise UnsupportedConfig(
             f"the GGUF file's pre-tokenizer {name!r} is not known; known: "
-            f"{', '.join(sorted(_PRE_TOKENIZERS))}. Load the model's Hugging Face folder instead"
+            f"{', '.join(sorted(PRE_TOKENIZERS))}. Load the model's Hugging Face folder instead"
         )
     merges = [merge.split(" ") for merge in _strings(metadata, "merges")]
     bad = next((merge for merge in merges if len(merge) != 2), None)
     if bad is not None:
         raise CheckpointMismatch(f"the GGUF merge {' '.join(bad)!r} is no pair")
-    model = _bpe(tokens, merges) | {"ignore_merges": name in _IGNORE_MERGES}
+    model = _bpe(tokens, merges) | {"ignore_merges": name in IGNORE_MERGES}
     parts = {
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[name]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]},
         "decoder": _byte_level(use_regex=True),
         "model": model,
     }
@@ -206,8 +206,8 @@ def _sentencepiece_bpe(
         )
     unknown = tokens[types.index(_UNKNOWN)] if _UNKNOWN in types else tokens[0]
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     model = _bpe(tokens, _merges_by_score(tokens, pieces, scores))
     return {
@@ -216,7 +216,7 @@ def _sentencepiece_bpe(
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
                 *strip,
@@ -228,7 +228,7 @@ def _sentencepiece_bpe(
 
 def _is_piece(token: str, kind: int) -> bool:
     """Whether merging can give this token; runs of spaces are often stored as user-defined."""
-    return kind == _NORMAL or (kind == _USER_DEFINED and not token.strip(_SPACE))
+    return kind == _NORMAL or (kind == _USER_DEFINED and not token.strip(SPACE))
 
 
 def _merges_by_score(tokens: list[str], pieces: list[int], scores: list[float]) -> list[list[str]]:

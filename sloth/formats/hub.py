@@ -116,10 +116,11 @@ class Resolved:
     alias: str | None = None
 
 
-def resolve(name: str, revision: str | None = None) -> Resolved:
+def resolve(name: str, revision: str | None = None, weights: bool = True) -> Resolved:
     """Alias, repository id, folder or .gguf file -> files on disk, downloaded if need be.
 
-    revision: branch, tag or commit on the hub. Raises UnknownModel, saying what to do.
+    revision: branch, tag or commit on the hub. weights: False fetches config and tokenizer alone.
+    Raises UnknownModel, saying what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
@@ -132,7 +133,7 @@ def resolve(name: str, revision: str | None = None) -> Resolved:
     repo_id, open_copy = ALIASES[alias] if alias else (name, None)
     if not _REPO_ID.fullmatch(repo_id) or name.endswith(".gguf"):
         raise UnknownModel(f"{name!r} is no folder, no .gguf file and no alias.{_nearest(name)}")
-    return _download(repo_id, revision, alias, open_copy)
+    return _download(repo_id, revision, alias, open_copy, weights)
 
 
 def _nearest(name: str) -> str:
@@ -142,7 +143,7 @@ def _nearest(name: str) -> str:
 
 
 def _download(
-    repo_id: str, revision: str | None, alias: str | None, open_copy: str | None
+    repo_id: str, revision: str | None, alias: str | None, open_copy: str | None, weights: bool
 ) -> Resolved:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -154,7 +155,8 @@ def _download(
     )
 
     try:
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        patterns = [p for p in _PATTERNS if weights or p != "*.safetensors"]
+        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         instead = f" Or use the open 4-bit copy: sloth.load({open_copy!r})" if open_copy else ""
         raise UnknownModel(

@@ -41,7 +41,7 @@ def generate_tokens(
         raise ValueError("a prompt has no tokens; give some text")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    device = network.model.embed_tokens.weight.device
+    device = network.device
     tokens, positions, documents = _left_padded(prompts, device)
     width = tokens.shape[1]
     cache = KVCache(network.config.num_hidden_layers, width + max_new_tokens)
@@ -102,7 +102,7 @@ def dequantised_while_generating(network: Decoder, dtype: torch.dtype) -> Iterat
     packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
     size = torch.empty((), dtype=dtype).element_size()
     need_bytes = sum(module.in_features * module.out_features for module in packed) * size
-    device = network.model.embed_tokens.weight.device
+    device = network.device
     if need_bytes > _free_bytes(device) // 2:
         packed = []
     for module in packed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sloth.kernels.ops.attention import AttentionLayout
+from sloth.kernels.ops.attention_layout import AttentionLayout
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Keep:
     halves. qkv: q and k after RoPE, v. gate, up: the two products of the MLP. The output of
     down_proj is never made again, whatever is kept. tile_tokens: rows the MLP works on at a time,
     None for all; the products are then not kept. offload: the layer's input waits in host memory.
+    resident: its NF4 matrices stay unpacked instead of being unpacked twice a step.
     """
 
     attention: bool = True
@@ -27,6 +28,7 @@ class Keep:
     up: bool = True
     tile_tokens: int | None = None
     offload: bool = False
+    resident: bool = False
 
     def __post_init__(self) -> None:
         if self.tile_tokens is not None and (self.gate or self.up):
@@ -51,6 +53,7 @@ class BlockContext:
     """Prepared once per forward pass; layers of one kind share tables and layout.
 
     cos, sin: [B or 1, T, E], None for a layer without rotary positions. layout: visibility of keys.
+    query_scale: [B or 1, T, 1, 1], a factor on queries that grows with their position, None for 1.
     cache: keys and values so far of this layer, None outside decoding. keep: what a fused layer
     keeps for its backward.
     """
@@ -60,3 +63,4 @@ class BlockContext:
     layout: AttentionLayout
     cache: Any = None
     keep: Keep = field(default_factory=Keep)
+    query_scale: Tensor | None = None

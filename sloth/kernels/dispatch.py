@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sloth.errors import KernelUnavailable
+from sloth.kernels.layer import Wiring
 from sloth.kernels.ops import (
     add_rms_norm,
     attention,
@@ -34,7 +35,18 @@ Level = Literal["reference", "ops", "fused"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 # model_type -> module that holds the fused twin of its block.
-TWINS = {"llama": "sloth.kernels.llama"}
+TWINS = {
+    "llama": "sloth.kernels.llama",
+    "mistral": "sloth.kernels.mistral",
+    "ministral": "sloth.kernels.mistral",
+    "ministral3": "sloth.kernels.mistral",
+    "qwen2": "sloth.kernels.qwen2",
+    "qwen3": "sloth.kernels.qwen3",
+    "gemma": "sloth.kernels.gemma",
+    "gemma2": "sloth.kernels.gemma2",
+    "gemma3_text": "sloth.kernels.gemma3",
+    "smollm3": "sloth.kernels.smollm3",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,12 @@ OPS = Ops(
 def ops_of(level: Level) -> Ops:
     """Op table of a level; the fused level uses it outside its blocks."""
     return REFERENCE if level == "reference" else OPS
+
+
+def wiring_of(model_type: str) -> Wiring:
+    """What a family's fused twin is made of."""
+    module: Any = importlib.import_module(TWINS[model_type])
+    return module.WIRING
 
 
 def twin_of(model_type: str) -> Callable[..., Tensor]:

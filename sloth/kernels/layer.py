@@ -7,24 +7,56 @@ and the next one fills it anew. So a workspace serves one stream at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from sloth.errors import KernelUnavailable
+from sloth.kernels.context import BlockContext
+from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
+from sloth.kernels.ops.glu import Activation
 from sloth.kernels.stacked import Stack, StackShape
 
 # Stack name -> paths of its projections inside a block, in stacking order.
-Groups = Mapping[str, Sequence[str]]
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+class Norm(Protocol):
+    """An RMSNorm module, as a twin reads it."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What tells the families of one twin apart.
+
+    norms: paths of the norms around the halves, in order. qk_norms: `q_norm` and `k_norm` stand
+    between q, k and RoPE. softcap: the attention module has one.
+    """
+
+    norms: tuple[str, ...]
+    activation: Activation = "silu"
+    qk_norms: bool = False
+    softcap: bool = False
 
 
 class FusedLayer:
     """What a twin needs of one block, prepared: its stacks, its norms, what fills the scratch.
 
+    resident: its NF4 matrices stay unpacked, in scratch of its own.
     stacks: by name. norms: modules with weight, eps and offset. matrices: A and B of every
     projection in stack order, None without an adapter or while it is switched off.
     """
@@ -32,36 +64,47 @@ class FusedLayer:
     def __init__(
         self,
         block: nn.Module,
-        groups: Groups,
-        norms: Sequence[str],
+        wiring: Wiring,
         dtype: torch.dtype,
         workspace: Workspace,
+        resident: bool,
     ) -> None:
+        self.wiring = wiring
+        self.stash, self.resident = workspace.stash, resident
         modules = dict(block.named_modules())
-        self.paths = [path for paths in groups.values() for path in paths]
+        self.paths = [path for paths in GROUPS.values() for path in paths]
         self.members: list[Any] = [modules[path] for path in self.paths]
-        self.norm_paths, self.norms = norms, [modules[path] for path in norms]
+        self.norms: list[Any] = [modules[path] for path in wiring.norms]
         attention: Any = modules["self_attn"]
+        self.softcap: float | None = attention.softcap if wiring.softcap else None
+        self.qk_norms: tuple[Norm, Norm] | None = None
+        if wiring.qk_norms:
+            self.qk_norms = attention.q_norm, attention.k_norm
         self.head_dim, self.scale, self.dtype = attention.head_dim, attention.scale, dtype
         self.stacks: dict[str, Stack] = {}
         codes, copies = [], []
-        for name, paths in groups.items():
-            stack = _prepare_stack(name, [modules[path] for path in paths], dtype, workspace)
+        for name, paths in GROUPS.items():
+            shared = None if resident else workspace
+            stack = _prepare_stack(name, [modules[path] for path in paths], dtype, shared)
             self.stacks[name] = stack
             codes += stack.codes()
             copies += stack.copies()
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
         self._codes, self._copies = NF4Batch(codes), CopyBatch(copies)
+        if resident:
+            self._codes.run()
+            self._codes = NF4Batch([])
         self._state = [_state(member) for member in self.members]
         self.matrices: list[Tensor | None] = []
         for member in self.members:
             lora = member.lora
             self.matrices += (None, None) if lora is None else (lora.A, lora.B)
 
-    def is_current(self, dtype: torch.dtype) -> bool:
+    def is_current(self, dtype: torch.dtype, resident: bool) -> bool:
         """Whether nothing it was prepared from has been replaced since."""
-        return dtype == self.dtype and self._state == [_state(member) for member in self.members]
+        same = dtype == self.dtype and resident == self.resident
+        return same and self._state == [_state(member) for member in self.members]
 
     def fill(self) -> None:
         """Unpack the codes and write A and B as they are now: two launches."""
@@ -84,7 +127,8 @@ class FusedLayer:
         if not torch.is_grad_enabled():
             return
         named = [*zip(self.paths, self.members, strict=True)]
-        named += zip(self.norm_paths, self.norms, strict=True)
+        named += zip(self.wiring.norms, self.norms, strict=True)
+        named += zip(("self_attn.q_norm", "self_attn.k_norm"), self.qk_norms or (), strict=False)
         for path, module in named:
             for kind in ("weight", "bias"):
                 value = getattr(module, kind, None)
@@ -100,7 +144,13 @@ class Workspace:
 
     def __init__(self) -> None:
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
+        self.stash = HostStash()
         self._layers: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+
+    def clear(self) -> None:
+        """Give all of it back; layers are prepared again when they next run."""
+        self._scratch.clear()
+        self._layers.clear()
 
     def scratch(
         self, name: str, shape: StackShape, dtype: torch.dtype, device: torch.device
@@ -112,21 +162,38 @@ class Workspace:
         return self._scratch[key]
 
     def layer(
-        self, block: nn.Module, groups: Groups, norms: Sequence[str], dtype: torch.dtype
+        self, block: nn.Module, wiring: Wiring, dtype: torch.dtype, resident: bool
     ) -> FusedLayer:
-        """The block, prepared to compute in `dtype`; made anew if a matrix was replaced.
-
-        Raises KernelUnavailable where a base weight, a bias or a norm wants a gradient.
-        """
+        """The block, prepared to compute in `dtype`; made anew if a matrix was replaced."""
         layer = self._layers.get(block)
-        if layer is None or not layer.is_current(dtype):
-            layer = self._layers[block] = FusedLayer(block, groups, norms, dtype, self)
-        layer.refuse_trainable_base()
+        if layer is None or not layer.is_current(dtype, resident):
+            layer = FusedLayer(block, wiring, dtype, self, resident)
+            self._layers[block] = layer
         return layer
 
 
+def prepare(
+    block: nn.Module,
+    hidden: Tensor,
+    context: BlockContext,
+    workspace: Workspace | None,
+    wiring: Wiring,
+) -> FusedLayer:
+    """The block, ready for a twin to run on `hidden`.
+
+    Raises KernelUnavailable where a base weight, a bias or a norm wants a gradient, and for a
+    context with a cache.
+    """
+    if context.cache is not None:
+        raise KernelUnavailable("the fused block keeps no cache; decode with the plain block")
+    workspace = workspace or Workspace()
+    layer = workspace.layer(block, wiring, hidden.dtype, context.keep.resident)
+    layer.refuse_trainable_base()
+    return layer
+
+
 def _prepare_stack(
-    name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace
+    name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace | None
 ) -> Stack:
     shape = StackShape(
         members[0].in_features,
@@ -135,7 +202,7 @@ def _prepare_stack(
     )
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
-    if not any(isinstance(base, Tensor) for base in bases):
+    if workspace is not None and not any(isinstance(base, Tensor) for base in bases):
         return Stack(members, shape, workspace.scratch(name, shape, dtype, device))
     scratch = shape.scratch(dtype, device)
     for base, slot in zip(bases, shape.slots, strict=True):

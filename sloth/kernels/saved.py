@@ -10,15 +10,15 @@ from torch import Tensor
 from sloth.kernels.layer import FusedLayer
 from sloth.kernels.stacked import Factors, Masks, Stack
 
-_KEPT = ("x", "qkv", "o", "h", "gate", "up")
+_KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
 
 
 class Saved:
     """Tensors of one call, by name; None for what is not kept.
 
-    x, h [N, D]; qkv [N, (H + 2 K) E]; o [B, H, T, E]; gate, up [N, F]. stats: what attention's
-    backward needs beside q, k, v and o. lows: X A^T [N, R] of each stack. masks: per stack with
-    dropout, which inputs of each member's A survived (bool [N, K]).
+    x, h, a, m [N, D]; qkv [N, (H + 2 K) E]; o [B, H, T, E]; gate, up [N, F]. stats: what
+    attention's backward needs beside q, k, v and o. lows: X A^T [N, R] of each stack. masks: per
+    stack with dropout, which inputs of each member's A survived (bool [N, K]).
     """
 
     def __init__(self, layer: FusedLayer, x: Tensor) -> None:
@@ -26,6 +26,8 @@ class Saved:
         self.qkv: Any = None
         self.o: Any = None
         self.h: Any = None
+        self.a: Any = None
+        self.m: Any = None
         self.gate: Any = None
         self.up: Any = None
         self.stats: tuple[Tensor | None, ...] = ()
@@ -56,8 +58,14 @@ class Saved:
             masks.append(mask)
         return masks
 
-    def store(self, ctx: Any, matrices: Sequence[Tensor | None]) -> None:
-        """Hand everything to autograd, which refuses LoRA matrices changed in place meanwhile."""
+    def store(self, ctx: Any, matrices: Sequence[Tensor | None], offload: bool) -> None:
+        """Hand everything to autograd, which refuses LoRA matrices changed in place meanwhile.
+
+        offload: x waits in host memory (a CPU's is there already).
+        """
+        ctx.stashed = None
+        if offload and self.x.is_cuda and any(ctx.needs_input_grad):
+            ctx.stashed, self.x = self._layer.stash.put(self.x), None
         names, stacks = list(self.lows), list(self.masks)
         masks = [mask for name in stacks for mask in self.masks[name]]
         ctx.save_for_backward(
@@ -82,6 +90,8 @@ class Saved:
         }
         saved.stats = tuple(next(tensors) for _ in range(ctx.num_stats))
         saved._layer = layer
+        if ctx.stashed is not None:
+            saved.x = layer.stash.take(ctx.stashed)
         return saved
 
 

@@ -1,11 +1,48 @@
 """Architectures: one file each. `ARCHITECTURES` maps config.json's model_type to (config, decoder).
 
-To add one: copy the nearest `<arch>.py`, edit its Config and Block, add a line here and a
-`tests/models/test_<arch>.py`. When it should be fast, add a fused twin under `sloth/kernels/`.
+How to add one:
+
+1. Copy the nearest `<arch>.py` whole. Files here repeat each other on purpose: a reader learns an
+   architecture from one file, and none is changed by another.
+2. Config: the fields the mathematics depends on, under config.json's names. `from_hf` reads each
+   key through `KeyReader`, which refuses every key nobody asked for: `take` where null means the
+   default, `take_nullable` where null means off, `expect` where only one value is computed.
+   `to_hf` writes what Transformers reads. `layers` gives one `LayerSpec` a layer: rotary table,
+   window, query scale. Topology is no field: it is written out in `Block.forward`.
+3. Parameters keep Hugging Face's names and layouts, so that loading, saving and adapters need no
+   further line. Arithmetic goes through `self.ops`, which is how the kernel levels plug in. The
+   shell also offers `Embedding(scale=...)`, `RMSNorm(offset=1.0)` for weights stored less one,
+   `Decoder.final_softcap` and `ops.attention(..., softcap)`.
+4. A line in `ARCHITECTURES`; a file that serves several model types sets `model_type` from the
+   config.
+5. `tests/models/test_<arch>.py`: a subclass of `tests.models.common.ArchitectureTests` with tiny
+   configs that switch every feature on. It compares with Hugging Face bit for bit, because a wrong
+   order of casts hides below any tolerance.
+6. When it should be fast: its fused twin under `sloth/kernels/`, with a line in `dispatch.TWINS`.
 """
 
-from sloth.models.llama import LlamaConfig, LlamaDecoder
+from collections.abc import Callable
+from typing import Any
 
-ARCHITECTURES = {
+from sloth.models.decoder import Decoder
+from sloth.models.gemma import GemmaConfig, GemmaDecoder
+from sloth.models.gemma2 import Gemma2Config, Gemma2Decoder
+from sloth.models.gemma3 import Gemma3Config, Gemma3Decoder
+from sloth.models.llama import LlamaConfig, LlamaDecoder
+from sloth.models.mistral import MistralConfig, MistralDecoder
+from sloth.models.qwen2 import Qwen2Config, Qwen2Decoder
+from sloth.models.qwen3 import Qwen3Config, Qwen3Decoder
+from sloth.models.smollm3 import SmolLM3Config, SmolLM3Decoder
+
+ARCHITECTURES: dict[str, tuple[Any, Callable[..., Decoder]]] = {
     "llama": (LlamaConfig, LlamaDecoder),
+    "mistral": (MistralConfig, MistralDecoder),
+    "ministral": (MistralConfig, MistralDecoder),
+    "ministral3": (MistralConfig, MistralDecoder),
+    "qwen2": (Qwen2Config, Qwen2Decoder),
+    "qwen3": (Qwen3Config, Qwen3Decoder),
+    "gemma": (GemmaConfig, GemmaDecoder),
+    "gemma2": (Gemma2Config, Gemma2Decoder),
+    "gemma3_text": (Gemma3Config, Gemma3Decoder),
+    "smollm3": (SmolLM3Config, SmolLM3Decoder),
 }

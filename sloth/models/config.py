@@ -10,12 +10,12 @@ new one is written.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sloth.errors import UnsupportedConfig
-from sloth.models.rope import RopeParameters
+from sloth.models.rope import DEFAULT_THETA, QueryScale, RopeParameters
 
 # Keys that name the file's history, a tool's bookkeeping, sampling defaults or classification
 # heads: none of them changes the logits of a causal language model.
@@ -23,18 +23,18 @@ IRRELEVANT_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
     add_cross_attention architectures attn_implementation bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id
-    length_penalty max_length max_sequence_length min_length model_type no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config label2id length_penalty max_length max_sequence_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
     """.split()
 )
 
@@ -49,10 +49,16 @@ class LayerSpec:
 
     rope: parameters of the layer's rotary embedding, None for a layer without one.
     window: keys a query sees, itself included; None for all of them.
+    query_scale: a factor on the queries that grows with position, None for none.
     """
 
     rope: RopeParameters | None
     window: int | None = None
+    query_scale: QueryScale | None = None
+
+
+# What config.json's `layer_types` says of a layer.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class KeyReader:
@@ -77,6 +83,43 @@ class KeyReader:
         if default is ...:
             raise UnsupportedConfig(f"config.json of a {self.model_type} model lacks {key!r}")
         return default
+
+    def take_nullable(self, key: str, default: Any) -> Any:
+        """Value of `key`, null included; `default` only where the key is absent.
+
+        For keys with which null says "switched off", such as a window or a softcap.
+        """
+        self._seen.add(key)
+        return self.config.get(key, default)
+
+    def take_rope(
+        self, head_dim: int, max_positions: int, theta: float = DEFAULT_THETA
+    ) -> RopeParameters:
+        """The rotary table of every layer, in the old spelling or the new; `theta` if unsaid."""
+        return RopeParameters.from_hf(self.take_rope_entry(), theta, head_dim, max_positions)
+
+    def take_rope_entry(self) -> dict[str, Any]:
+        """What the file says of rotary positions, as one `rope_parameters` entry; {} if nothing."""
+        new, old = self.take("rope_parameters", None), self.take("rope_scaling", None)
+        theta = self.take("rope_theta", None)
+        return ({} if theta is None else {"rope_theta": theta}) | dict(old or new or {})
+
+    def take_layer_types(
+        self, default: Sequence[str], window: int | None, key: str = "layer_types"
+    ) -> tuple[str, ...]:
+        """Kind of each layer, FULL or SLIDING; `default`, one a layer, if unsaid.
+
+        window: what sliding layers see; there must be one.
+        """
+        types = tuple(self.take(key, default))
+        if len(types) != len(default) or not set(types) <= {FULL, SLIDING}:
+            raise UnsupportedConfig(
+                f"config.json sets {key}={types!r}; expected {len(default)} entries, one a layer, "
+                f"of {FULL!r} and {SLIDING!r}"
+            )
+        if SLIDING in types and window is None:
+            raise UnsupportedConfig(f"config.json names {SLIDING!r} layers but no sliding_window")
+        return types
 
     def expect(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """Value of `key`, which must be one of `allowed`, unless the user ignores it by name."""

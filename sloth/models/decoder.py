@@ -9,7 +9,7 @@ plugs in. Shapes: B batch, T tokens, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.dispatch import Level, ops_of, twin_of
 from sloth.kernels.layer import Workspace
-from sloth.kernels.ops.attention import AttentionLayout
+from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
@@ -34,7 +34,7 @@ class RMSNorm(OpModule):
 
     def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.full((dim,), 1.0 - offset))
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,14 +46,22 @@ class RMSNorm(OpModule):
 
 
 class Embedding(OpModule):
-    """Rows of `weight` [V, D] picked by token id."""
+    """Rows of `weight` [V, D] picked by token id, times `scale` rounded to the weight's dtype.
 
-    def __init__(self, num_embeddings: int, dim: int) -> None:
+    Gemma was trained with the rounded factor: sqrt(3072) = 55.4 is 55.5 in bf16.
+    """
+
+    def __init__(self, num_embeddings: int, dim: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_embeddings, dim))
+        self.scale = scale
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return nn.functional.embedding(tokens, self.weight)
+        rows = nn.functional.embedding(tokens, self.weight)
+        if self.scale == 1.0:
+            return rows
+        scale = torch.tensor(self.scale, dtype=torch.float32, device="cpu")
+        return rows * scale.to(rows.dtype).item()
 
 
 class Stack(nn.Module):
@@ -67,10 +75,15 @@ class Stack(nn.Module):
 
 
 class Decoder(OpModule):
-    """A causal language model. Subclasses fill `model`, `lm_head` (None when tied) and `specs`."""
+    """A causal language model. Subclasses fill `model`, `lm_head` (None when tied) and `specs`.
 
-    model_type: ClassVar[str]
+    model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
+    c tanh(logits / c); None for plain ones.
+    """
+
+    model_type: str
     lm_head: Projection | None
+    final_softcap: float | None = None
 
     def __init__(
         self, config: Any, model: Stack, lm_head: Projection | None, specs: list[LayerSpec]
@@ -83,6 +96,12 @@ class Decoder(OpModule):
         self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
         self.run_block: RunBlock = run_plain
         self.planner: Planner | None = None
+        self.workspace = Workspace()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute; the embedding alone may wait in host memory."""
+        return self.model.norm.weight.device
 
     @property
     def tied(self) -> bool:
@@ -106,9 +125,10 @@ class Decoder(OpModule):
         for module in self.modules():
             if isinstance(module, OpModule):
                 module.ops = ops_of(level)
+        self.workspace = Workspace()
         self.run_block = run_plain
         if level == "fused":
-            self.run_block = run_fused(self.model_type)
+            self.run_block = run_fused(self.model_type, self.workspace)
 
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -116,10 +136,11 @@ class Decoder(OpModule):
         """Token ids [B, T] -> hidden states [B, T, D] after the final norm.
 
         positions: [T] or [B, T]; where they restart at 0 a new document begins, unseen by and blind
-        to the others. Default: 0.., after what the cache holds.
+        to the others. On the host as a rule: kernels are sized by the documents, so positions on a
+        GPU are waited for. Default: 0.., after what the cache holds.
         """
         tokens = tokens.to(self.model.embed_tokens.weight.device)
-        hidden = self.model.embed_tokens(tokens)
+        hidden = self.model.embed_tokens(tokens).to(self.device)
         contexts = self._contexts(hidden, positions, cache)
         for index, block in enumerate(self.model.layers):
             hidden = self.run_block(block, hidden, contexts[index])
@@ -128,8 +149,12 @@ class Decoder(OpModule):
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         if self.lm_head is None:
-            return nn.functional.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+            logits = nn.functional.linear(hidden, self.model.embed_tokens.weight)
+        else:
+            logits = self.lm_head(hidden)
+        if self.final_softcap is None:
+            return logits
+        return torch.tanh(logits / self.final_softcap) * self.final_softcap
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -150,7 +175,7 @@ class Decoder(OpModule):
         of a document is never a target, so packed documents give the loss they give apart.
         num_trained: the divisor, when a step spans several calls.
         """
-        device = self.model.embed_tokens.weight.device
+        device = self.device
         targets = nn.functional.pad(labels.to(device)[:, 1:], (0, 1), value=IGNORED)
         if positions is not None:
             starts = torch.as_tensor(positions, device=device).expand_as(labels) == 0
@@ -159,7 +184,7 @@ class Decoder(OpModule):
         rows = TrainedRows(targets)
         hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
         return self.ops.linear_cross_entropy(
-            hidden.flatten(0, 1), weight, targets, num_trained, trained_rows=rows
+            hidden.flatten(0, 1), weight, targets, num_trained, self.final_softcap, rows
         )
 
     def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,24 +208,29 @@ class Decoder(OpModule):
         """One context per layer; layers with equal specs share tables and layout."""
         batch, length, _ = hidden.shape
         past = cache.length if cache else 0
-        documents = keys = None
+        windows = {spec.window for spec in self.specs}
+        layouts = {window: AttentionLayout(window=window) for window in windows}
         if positions is None:
             positions = torch.arange(past, past + length, device=hidden.device)[None]
         else:
-            positions = torch.as_tensor(positions, device=hidden.device)
+            positions = torch.as_tensor(positions)
             positions = positions[None] if positions.dim() == 1 else positions
             if cache is None:
-                documents = document_indices(positions).expand(batch, length)
-                keys = documents
+                bounds = document_bounds(positions.expand(batch, length), hidden.device)
+                layouts = {window: AttentionLayout.of(bounds, window) for window in windows}
+            positions = positions.to(hidden.device)
         if cache is not None and cache.documents is not None:
             keys = cache.documents
-            documents = keys[:, past : past + length]
-        layouts = {
-            spec.window: AttentionLayout(documents, keys, spec.window) for spec in self.specs
-        }
+            queries = keys[:, past : past + length]
+            layouts = {window: AttentionLayout(queries, keys, window) for window in windows}
         tables = {
             parameters: rope.tables(positions, hidden.dtype)
             for parameters, rope in self._ropes.items()
+        }
+        scales = {
+            spec.query_scale: spec.query_scale.table(positions, hidden.dtype)
+            for spec in self.specs
+            if spec.query_scale
         }
         keeps = self.planner(batch, length) if self.planner and not cache else None
         contexts = []
@@ -208,7 +238,9 @@ class Decoder(OpModule):
             cos, sin = tables[spec.rope] if spec.rope else (None, None)
             layer_cache = cache.layers[index] if cache else None
             keep = keeps[index] if keeps else Keep()
-            contexts.append(BlockContext(cos, sin, layouts[spec.window], layer_cache, keep))
+            scale = scales[spec.query_scale] if spec.query_scale else None
+            layout = layouts[spec.window]
+            contexts.append(BlockContext(cos, sin, layout, layer_cache, keep, scale))
         return contexts
 
 
@@ -217,12 +249,12 @@ def run_plain(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor
     return block(hidden, context)
 
 
-def run_fused(model_type: str) -> RunBlock:
-    """The family's fused twin, with a workspace that lives as long as the level is set.
+def run_fused(model_type: str, workspace: Workspace) -> RunBlock:
+    """The family's fused twin, in a workspace.
 
     Decoding keeps its cache in the plain block: one token a step has nothing to fuse for.
     """
-    twin, workspace = twin_of(model_type), Workspace()
+    twin = twin_of(model_type)
 
     def run(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
         if context.cache is not None:
@@ -230,8 +262,3 @@ def run_fused(model_type: str) -> RunBlock:
         return twin(block, hidden, context, workspace)
 
     return run
-
-
-def document_indices(positions_BT: Tensor) -> Tensor:
-    """Positions [B, T] -> which document of its row each token belongs to [B, T], from 0."""
-    return (positions_BT == 0).cumsum(1)

@@ -21,7 +21,7 @@ from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import KeyReader, LayerSpec
 from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
-from sloth.models.rope import DEFAULT_THETA, RopeParameters
+from sloth.models.rope import RopeParameters
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ class LlamaConfig:
         keys.expect("attention_dropout", (0.0,), 0.0)
         keys.expect("rope_interleaved", (False,), False)
         keys.expect("partial_rotary_factor", (1.0,), 1.0)
-        rope_parameters = keys.take("rope_parameters", None)
-        rope_scaling = keys.take("rope_scaling", None)
-        theta = keys.take("rope_theta", DEFAULT_THETA)
         built = cls(
             vocab_size=keys.take("vocab_size"),
             hidden_size=hidden_size,
@@ -67,9 +64,7 @@ class LlamaConfig:
             head_dim=head_dim,
             max_position_embeddings=max_positions,
             rms_norm_eps=keys.take("rms_norm_eps", 1e-6),
-            rope=RopeParameters.from_hf(
-                rope_scaling or rope_parameters, theta, head_dim, max_positions
-            ),
+            rope=keys.take_rope(head_dim, max_positions),
             attention_bias=keys.take("attention_bias", False),
             mlp_bias=keys.take("mlp_bias", False),
             tie_word_embeddings=keys.take("tie_word_embeddings", False),

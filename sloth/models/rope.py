@@ -105,6 +105,25 @@ class RopeParameters:
         return dict(self.settings).get(key, default)
 
 
+@dataclass(frozen=True)
+class QueryScale:
+    """A factor on queries that grows with position, so that long contexts stay sharply attended:
+
+        1 + beta ln(1 + floor(position / original_max_positions))
+
+    1 within the length the model was first trained on. From Llama 4's temperature tuning (Nakanishi
+    2025, https://arxiv.org/abs/2501.19399), where config.json calls beta `llama_4_scaling_beta`.
+    """
+
+    beta: float
+    original_max_positions: int
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """positions [B or 1, T] -> factors [B or 1, T, 1, 1], formed in fp32, cast to dtype."""
+        periods = torch.floor(positions / self.original_max_positions)
+        return (1 + self.beta * torch.log(1 + periods))[..., None, None].to(dtype)
+
+
 class Rope:
     """cos and sin of one rotary table; keeps the frequencies between calls.
 

@@ -9,7 +9,8 @@ tokenizer_config.json: how most Llama 2 models were trained) or only at the very
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 
 import sentencepiece
 from tokenizers import AddedToken
@@ -39,6 +40,8 @@ class SentencePieceTokenizer:
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         except RuntimeError as error:
             raise UnsupportedConfig(f"tokenizer.model cannot be read: {error}") from error
+        self.added = dict(added)
+        self._model = model
         self._prefix_every_segment = prefix_every_segment
         self._num_pieces = self._plain.get_piece_size()
         self._tokens = {
@@ -75,6 +78,9 @@ class SentencePieceTokenizer:
                     offsets.append((start + first, start + last))
         return ids, offsets
 
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        return [self.encode(text) for text in texts]
+
     def encode_wrapped(self, text: str) -> list[int]:
         return [*self._before, *self.encode(text)[0], *self._after]
 
@@ -102,6 +108,21 @@ class SentencePieceTokenizer:
             return self._ids[token]
         index = self._plain.piece_to_id(token)
         return None if index == self._plain.unk_id() else index
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """(text, score, type) of the library's own pieces, by id.
+
+        Types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Message ModelProto:
+        pieces (1) of { piece (1), score (2), type (3) }."""
+        found: list[tuple[str, float, int]] = []
+        for number, content in _fields(self._model):
+            if number == 1 and isinstance(content, bytes):
+                piece = dict(_fields(content))
+                score = piece.get(2, b"\0\0\0\0")
+                assert isinstance(score, bytes)
+                text = self._plain.id_to_piece(len(found))
+                found.append((text, struct.unpack("<f", score)[0], int(piece.get(3, 1))))
+        return found
 
     def _segments(self, text: str) -> Iterator[tuple[int, int, str | None]]:
         """(start, end, token) of what makes up the text; token is None for text between tokens."""
@@ -137,7 +158,7 @@ def _pieces(serialized: bytes, text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protocol buffer of varints and byte strings."""
+    """(number, value) of each field of a protocol buffer; 32-bit values come as their bytes."""
     at = 0
 
     def varint() -> int:
@@ -156,6 +177,6 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         if tag & 7 == 0:
             yield tag >> 3, varint()
         else:
-            length = varint()
+            length = 4 if tag & 7 == 5 else varint()
             yield tag >> 3, message[at : at + length]
             at += length

@@ -8,8 +8,9 @@ file read is kept and written again by `save`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ class _Backend(Protocol):
     num_tokens: int
 
     def encode(self, text: str) -> tuple[list[int], Offsets]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]: ...
 
     def encode_wrapped(self, text: str) -> list[int]: ...
 
@@ -126,12 +129,36 @@ class Tokenizer:
             return whole, [(0, 0)] * first + offsets + [(len(text), len(text))] * after
         return ids, offsets
 
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        """`encode_with_offsets` of many texts; other Python threads run meanwhile."""
+        return self._backend.encode_batch(texts)
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids that no token has are left out.
 
         The text of a prefix is a prefix of the text, but for U+FFFD at its end, in place of a
         character whose tokens have not all come: enough to stream an answer."""
         return self._backend.decode(list(ids), skip_special_tokens)
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a token's text, None where the vocabulary has no such token."""
+        return self._backend.id_of(token)
+
+    def source(self) -> dict[str, Any] | SentencePieceTokenizer:
+        """What runs the vocabulary: a tokenizer.json that holds every added token, or
+        sentencepiece."""
+        if isinstance(self._backend, _JsonTokenizer):
+            return self._backend.content()
+        assert isinstance(self._backend, SentencePieceTokenizer)
+        return self._backend
+
+    def fingerprint(self) -> str:
+        """sha256 over every file the tokenizer came from."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name} {len(content)}\n".encode())
+            digest.update(content)
+        return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write every file the tokenizer came from, unchanged."""
@@ -229,6 +256,10 @@ class _JsonTokenizer:
         encoding = self._fast.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        found = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in found]
+
     def encode_wrapped(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=True).ids
 
@@ -237,6 +268,9 @@ class _JsonTokenizer:
 
     def id_of(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
+
+    def content(self) -> dict[str, Any]:
+        return json.loads(self._fast.to_str())
 
 
 def _keep_whole_offsets(post_processor: Any) -> None:

@@ -5,11 +5,13 @@ reading.
                         optimizer.safetensors   its state, flattened
                         rng.safetensors         states of the random generators
                         state.json              step, counts, losses, settings, data fingerprint
+                        config.yaml, tokenizer  so that the folder explains itself
                         manifest.json           size and sha256 of each file, written last
 
 A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
-pointer file to tear. A folder named `step-*.tmp-*` is an unfinished write and is removed at the
-next start. Only JSON and safetensors are read, never a pickle.
+pointer file to tear. A folder named `*.tmp-*` is an unfinished write and is removed at the next
+start. Only JSON and safetensors are read, never a pickle. What survives a power cut, too: files
+and folder are synced before the rename, the parent after it.
 """
 
 from __future__ import annotations
@@ -19,56 +21,91 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sloth.errors import CheckpointMismatch
+from sloth.train.tensor_file import write_tensors
 
 KEEP = 2
 
+TensorFiles = Mapping[str, Mapping[str, Tensor]]
+
 _STEP = re.compile(r"step-(\d{6,})")
-_UNFINISHED = "step-*.tmp-*"
+_UNFINISHED, _WEIGHTS = ("step-*.tmp-*", "weights-*.tmp-*"), "weights-*"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 
 
 def write_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]
+    run: Path,
+    step: int,
+    tensors: TensorFiles,
+    state: dict[str, Any],
+    add_files: Callable[[Path], None] | None = None,
+    best_step: int | None = None,
 ) -> Path:
-    """Write run/step-<step> whole or not at all; then drop all but the newest good two.
+    """Write run/step-<step> whole or not at all; then drop all but the newest good two and the
+    best.
 
-    tensors: {"trainable": {name: tensor}, ...}, one file each. Raises OSError (disk full, no
-    permission), leaving earlier checkpoints as they were.
+    tensors: {"trainable": {name: tensor}, ...}, one file each. add_files puts more files into the
+    folder it is given. Raises OSError (disk full, no permission), leaving earlier checkpoints as
+    they were.
     """
-    final = run / f"step-{step:06d}"
-    partial = run / f"{final.name}.tmp-{os.getpid()}"
+    final = run / folder_name(step)
+    _publish(final, tensors, state, add_files)
+    for rescued in run.glob(_WEIGHTS):
+        shutil.rmtree(rescued, ignore_errors=True)
+    _prune(run, newest=final, best_step=best_step)
+    return final
+
+
+def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[str, Any]) -> Path:
+    """run/weights-<step> in place of those of an earlier step: smaller than a checkpoint, and no
+    place to resume from.
+    """
+    final = run / f"weights-{step:06d}"
+    _publish(final, tensors, state, None)
+    for path in run.glob(_WEIGHTS):
+        if path != final:
+            shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def _publish(
+    final: Path,
+    tensors: TensorFiles,
+    state: dict[str, Any],
+    add_files: Callable[[Path], None] | None,
+) -> None:
+    """Everything into a folder aside, the manifest last; sync; one rename; sync the parent."""
+    partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for name, group in tensors.items():
-            on_cpu = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(on_cpu, partial / f"{name}.safetensors")
+        if add_files is not None:
+            add_files(partial)
         (partial / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        mode = 0o666 & ~_umask()  # safetensors writes 0600
-        for file in partial.iterdir():
-            file.chmod(mode)
-        manifest = {file.name: _identity(file) for file in sorted(partial.iterdir())}
+        manifest = {
+            str(file.relative_to(partial).as_posix()): _identity(file) for file in _files(partial)
+        }
+        for name, group in tensors.items():
+            file = partial / f"{name}.safetensors"
+            manifest[file.name] = write_tensors(file, group)
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             _sync(path)
         if final.exists():  # a damaged one: a good one would have been resumed from
             shutil.rmtree(final)
         os.rename(partial, final)
-        _sync(run)
+        _sync(final.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _prune(run)
-    return final
 
 
 def is_good(folder: Path) -> bool:
@@ -76,7 +113,7 @@ def is_good(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return _STATE in manifest and all(
-            Path(name).name == name and _identity(folder / name) == identity
+            _stays_inside(name) and _identity(folder / name) == identity
             for name, identity in manifest.items()
         )
     except (OSError, ValueError, TypeError):
@@ -121,8 +158,9 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for path in run.glob(_UNFINISHED):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in _UNFINISHED:
+        for path in run.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -167,13 +205,28 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def _prune(run: Path) -> None:
+def folder_name(step: int) -> str:
+    """The name of a step's checkpoint folder."""
+    return f"step-{step:06d}"
+
+
+def _prune(run: Path, newest: Path, best_step: int | None) -> None:
+    """`newest` was hashed while it was written; an older one is read again before it counts."""
     good = 0
     for folder in checkpoints(run):
-        if good >= KEEP:
+        if good >= KEEP and step_of(folder) != best_step:
             shutil.rmtree(folder, ignore_errors=True)
-        elif is_good(folder):
+        elif good < KEEP and (folder == newest or is_good(folder)):
             good += 1
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a manifest's name is a plain relative path."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _identity(file: Path) -> dict[str, Any]:
@@ -190,9 +243,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

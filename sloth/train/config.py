@@ -18,7 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from sloth.lora_config import LoraConfig
 
+OnLong = Literal["truncate", "split", "drop", "error"]
+TrainOn = Literal["assistant", "last", "everything"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
+Optimizer = Literal["adamw", "adamw_8bit"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_CONFIG_DEPTH = 16
@@ -35,12 +39,32 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "grad_accum",
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
+    "sample_packing": "packing",
+    "train_on_inputs": "train_on",
+    "assistant_only_loss": "train_on",
+    "column_mapping": "columns",
     "max_grad_norm": "clip",
     "output_dir": "output",
     "eval_dataset": "eval_data",
     "resume_from_checkpoint": "resume",
     "load_in_4bit": "quant",
+    "optim": "optimizer",
+    "report_to": "trackers",
+    "loraplus_lr_ratio": "lora_plus",
+    "neftune_noise_alpha": "neftune",
+    "early_stopping_patience": "patience",
+    "load_best_model_at_end": "load_best",
 }
+
+# What `allow_change` knows beside settings: what else a checkpoint holds of its run.
+FINGERPRINTS = ("data", "base", "ranks")
+
+
+# What a row of data can hold, for `columns`; rows.py reads them.
+ROW_FIELDS = (
+    *("messages", "tools", "conversations", "system", "prompt", "completion", "instruction"),
+    *("input", "output", "chosen", "rejected", "text"),
+)
 
 
 class TrainConfig(BaseModel):
@@ -64,14 +88,43 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(default=4, ge=1, description="Rows of one forward pass.")
     grad_accum: int = Field(default=1, ge=1, description="Forward passes of one optimizer step.")
     max_length: int = Field(
-        default=2048, ge=2, description="Tokens of a row at most; the rest is cut off."
+        default=2048, ge=2, description="Tokens of an example at most; on_long says what then."
+    )
+    on_long: OnLong = Field(
+        default="truncate",
+        description="A longer example: truncate, split into pieces, drop, or error.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several examples into a row, each seeing only itself; a row is then "
+        "max_length tokens.",
+    )
+    train_on: TrainOn = Field(
+        default="assistant",
+        description="assistant (all its turns; completions), last (its last turn), everything.",
+    )
+    columns: dict[str, str] | None = Field(
+        default=None,
+        description="Which column holds which field, as in prompt question completion answer.",
     )
     lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     schedule: Schedule = Field(default="linear", description="Learning rate after warm-up.")
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the rate rises to its peak."
     )
+    optimizer: Optimizer = Field(
+        default="adamw", description="adamw, or adamw_8bit (needs bitsandbytes)."
+    )
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay, on matrices only.")
+    embedding_lr: float | None = Field(
+        default=None, gt=0, description="Peak rate of embedding and head, if not lr."
+    )
+    lora_plus: float | None = Field(
+        default=None, gt=0, description="Rate of LoRA's B over that of A; LoRA+ advises 16."
+    )
+    neftune: float | None = Field(
+        default=None, gt=0, description="Noise on embeddings while training; NEFTune advises 5."
+    )
     clip: float | None = Field(
         default=1.0, gt=0, description="Largest gradient norm; None to not clip."
     )
@@ -80,8 +133,21 @@ class TrainConfig(BaseModel):
         default=None, description="Held-out rows, evaluated at the end."
     )
     eval_steps: int | None = Field(
-        default=None, ge=1, description="Evaluate each so many steps, too."
+        default=None, ge=1, description="Evaluate (and sample) each so many steps, too."
     )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations without a new lowest loss.",
+    )
+    load_best: bool = Field(
+        default=False,
+        description="At the end, go back to the weights with the lowest evaluation loss.",
+    )
+    sample_prompts: list[str] = Field(
+        default=[], description="Answered greedily at each evaluation, for the log."
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Tokens of such an answer at most.")
     save_steps: int | None = Field(
         default=200, ge=1, description="Checkpoint each so many steps; None for the last step only."
     )
@@ -89,6 +155,14 @@ class TrainConfig(BaseModel):
         default=False,
         description="Continue: True from the newest good checkpoint of output, or a folder.",
     )
+    allow_change: list[str] = Field(
+        default=[],
+        description="Settings that may differ from the checkpoint's on resume, by name.",
+    )
+    trackers: list[Tracker] = Field(
+        default=[], description="Where to log as well: tensorboard, wandb, trackio, mlflow."
+    )
+    project: str | None = Field(default=None, description="The trackers' project; sloth if none.")
     deterministic: bool = Field(
         default=False, description="Only algorithms that give the same bits each run."
     )
@@ -113,6 +187,7 @@ class TrainConfig(BaseModel):
     @field_validator(
         *("max_steps", "epochs", "batch_size", "grad_accum", "max_length", "lr", "warmup_steps"),
         *("weight_decay", "clip", "seed", "eval_steps", "save_steps", "max_bad_steps"),
+        *("embedding_lr", "lora_plus", "neftune", "patience", "sample_tokens"),
         mode="before",
     )
     @classmethod
@@ -121,16 +196,45 @@ class TrainConfig(BaseModel):
             raise ValueError("expected a number, got a boolean")
         return value
 
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        refuse_unknown(columns or (), ROW_FIELDS, "field in columns")
+        return columns
+
     @model_validator(mode="after")
     def _has_effect(self) -> TrainConfig:
-        if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError(f"eval_steps={self.eval_steps} has no effect without eval_data")
+        if self.eval_steps is not None and self.eval_data is None and not self.sample_prompts:
+            raise ValueError(
+                f"eval_steps={self.eval_steps} has no effect without eval_data or sample_prompts"
+            )
+        for name in ("patience", "load_best"):
+            if getattr(self, name) and self.eval_data is None:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect without eval_data")
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError(f"patience={self.patience} has no effect without eval_steps")
+        default = type(self).model_fields["sample_tokens"].default
+        if self.sample_tokens != default and not self.sample_prompts:
+            raise ValueError(
+                f"sample_tokens={self.sample_tokens} has no effect without sample_prompts"
+            )
+        if self.project is not None and not self.trackers:
+            raise ValueError(f"project={self.project!r} has no effect without trackers")
+        if self.allow_change and not self.resume:
+            raise ValueError(f"allow_change={self.allow_change} has no effect without resume")
+        lora = (f"lora.{name}" for name in LoraConfig.model_fields)
+        known = (*type(self).model_fields, *lora, *FINGERPRINTS)
+        refuse_unknown(self.allow_change, known, "setting in allow_change")
         return self
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON types, less an evaluation on rows that were given in memory."""
-        unnamed = {"eval_data", "eval_steps"} if isinstance(self.eval_data, list) else None
-        return self.model_dump(mode="json", exclude=unnamed)
+        if not isinstance(self.eval_data, list):
+            return self.model_dump(mode="json")
+        unnamed = {"eval_data", "patience", "load_best"}
+        return self.model_dump(
+            mode="json", exclude=unnamed if self.sample_prompts else {*unnamed, "eval_steps"}
+        )
 
 
 def load_config(

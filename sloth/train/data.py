@@ -1,190 +1,377 @@
-"""Rows -> examples -> batches, counted; and the order of rows as a pure function of seed and epoch.
+"""Rows -> examples ready for batches, counted, and cached when they come from a file.
 
-`load_data` reads a JSONL file, a list of rows or an iterator of them. Rows longer than max_length
-are cut on the right; rows left without a trained token are dropped; both are counted, and a set
-without any trained token is refused with the cause. Step s of a run reads rows [s R, (s + 1) R) of
-the endless sequence epoch 0, epoch 1, ..., each a shuffle of its own, so the step number alone is
-the data cursor. Shapes: B rows, T tokens of the longest.
+`load_data` reads, masks and encodes every row, cuts what is too long the way `on_long` says, drops
+what has no trained token, and counts all of it; a set without any trained token is refused with the
+cause. Memory is bounded: a file's tokens go to the disk as they are made and are mapped back.
+
+    on_long   truncate  keep the beginning          split  into pieces, every target kept once
+              drop      leave the example out       error  refuse the data
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import random
-from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text
-from torch import Tensor
 
 from sloth.errors import DataError
-from sloth.train.encode import UNTRAINED, Example, encode_row, kind_of
+from sloth.train.batches import Batch, StepPlan, collate, collate_documents, order, padding_share
+from sloth.train.cache import (
+    MIN_CACHED_BYTES,
+    NewEntry,
+    cache_key,
+    default_folder,
+    read_content,
+    read_entry,
+)
+from sloth.train.config import ROW_FIELDS, OnLong, TrainConfig, TrainOn, refuse_unknown
+from sloth.train.encode import Encoded, RowEncoder
+from sloth.train.examples import UNTRAINED, Example, Examples, ExamplesWriter
+from sloth.train.masks import MaskDisagreement
+from sloth.train.packing import Packing, pack
+from sloth.train.sources import Placed, Rows, Source, has_split, open_rows
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
 
-Source = str | Path | Iterable[dict[str, Any]]
+__all__ = ["Batch", "Dataset", "Source", "StepPlan", "collate", "load_data", "order"]
+
+Notice = Callable[[str], None]
 
 SHOWN_CHARACTERS = 1500
+PROGRESS_ROWS = 20_000
+# Padding-free rows leave the fastest attention kernel (it knows no documents), so a little padding
+# is the smaller loss.
+MAX_PADDING = 0.1
+
 _TRAINED_STYLE = "bold green"
 _CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
 
 
 @dataclass
 class DataCounts:
-    """What became of the rows. Truncated and dropped count examples; a dropped one is not kept."""
+    """What became of the rows. All but rows, kinds and empty count examples or their tokens.
+
+    truncated, split: longer than max_length and cut; pieces: what split ones became. A dropped
+    example is not kept: without a trained token, or too long. turns: trained assistant turns;
+    unstopped: of those, without a stop token at their end. by_prefixes: rows whose mask took more
+    than one rendering. longest: tokens of the longest example before any cut.
+    """
 
     rows: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     examples: int = 0
     truncated: int = 0
+    split: int = 0
+    pieces: int = 0
     dropped_by_truncation: int = 0
     dropped_by_mask: int = 0
+    dropped_by_length: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    cut_tokens: int = 0
+    empty: int = 0
+    turns: int = 0
+    unstopped: int = 0
+    double_bos: int = 0
+    lacks_bos: int = 0
+    by_prefixes: int = 0
+    longest: int = 0
 
     @property
     def dropped(self) -> int:
-        """Examples without a trained token."""
-        return self.dropped_by_truncation + self.dropped_by_mask
+        """Examples left out."""
+        return self.dropped_by_truncation + self.dropped_by_mask + self.dropped_by_length
 
     def summary(self) -> str:
         """One line with the counts and shares."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         seen = max(self.examples + self.dropped, 1)
+        split = f"{self.split} split into {self.pieces}, " if self.split else ""
         return (
             f"{self.rows} rows ({kinds}): {self.examples} examples, {self.tokens} tokens, "
             f"{self.trained_tokens / max(self.tokens, 1):.1%} trained; "
             f"{self.truncated} truncated ({self.truncated / seen:.1%}), "
-            f"{self.dropped} dropped ({self.dropped / seen:.1%})"
+            f"{split}{self.dropped} dropped ({self.dropped / seen:.1%})"
         )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training, in sentences."""
+        said = {
+            f"{self.unstopped} of {self.turns} assistant turns do not end in a token that stops "
+            "generation, so the model would not learn to stop there": self.unstopped,
+            f"{self.double_bos} rows begin with the beginning-of-text token twice; the data may "
+            "hold rendered text": self.double_bos,
+            f"the chat template of {self.lacks_bos} rows leaves out the beginning-of-text token "
+            "that the tokenizer puts before other texts": self.lacks_bos,
+            f"{self.empty} rows have a blank answer": self.empty,
+        }
+        return [text for text, count in said.items() if count]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples ready for batches. fingerprint: sha256 over their tokens and labels, in order."""
+    """Rows ready for batches. fingerprint: sha256 over the examples' tokens and labels, in order.
+
+    packing: which examples share a row; None for one a row.
+    """
 
     name: str
-    examples: list[Example]
+    examples: Examples
     counts: DataCounts
     fingerprint: str
+    packing: Packing | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """What a step counts in."""
+        return len(self.packing.rows) if self.packing else len(self.examples)
+
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths: list[int] = self.examples.lengths.tolist()
+        if self.packing is None:
+            return lengths
+        return [sum(lengths[index] for index in row) for row in self.packing.rows]
+
+    def summary(self) -> str:
+        """One line: counts, and how full packed rows are."""
+        said = self.counts.summary()
+        if self.packing is None:
+            return said
+        return f"{said}; packed into {self.num_rows} rows, {self.packing.fill:.1%} full"
+
+    def batch(self, rows: Iterable[int], pad_id: int, padding_free: bool = False) -> Batch:
+        """Some rows as tensors. padding_free: where much would be padding, as one row of
+        documents instead; the loss is the same.
+        """
+        if self.packing is not None:
+            packed = [self.packing.rows[row] for row in rows]
+            documents = [[self.examples[index] for index in row] for row in packed]
+            return collate_documents(documents, pad_id)
+        examples = [self.examples[row] for row in rows]
+        if padding_free and padding_share([len(e.tokens) for e in examples]) > MAX_PADDING:
+            return collate_documents([examples], pad_id)
+        return collate(examples, pad_id)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """tokens and labels [B, T], right-padded; num_trained labels count after the shift."""
-
-    tokens: Tensor
-    labels: Tensor
-    num_tokens: int
-    num_trained: int
-
-
-def load_data(source: Source, tokenizer: Tokenizer, max_length: int, name: str = "data") -> Dataset:
-    """Read, encode, mask and count every row of `source`.
+def load_data(
+    source: Source,
+    tokenizer: Tokenizer,
+    max_length: int,
+    name: str = "data",
+    *,
+    split: str = "train",
+    on_long: OnLong = "truncate",
+    train_on: TrainOn = "assistant",
+    columns: dict[str, str] | None = None,
+    packing: bool = False,
+    notice: Notice | None = None,
+) -> Dataset:
+    """Read, encode, mask and count every row of `source`; see sources.py for what that can be.
 
     Raises DataError for malformed rows (place, field, expectation), for no rows, and for no
     trained token.
     """
-    counts, examples, longest = DataCounts(), [], 0
-    if isinstance(source, (str, Path)):
-        name = str(source)
-    for where, row in _rows(source, name):
-        kind = kind_of(row, where)
-        counts.rows += 1
-        counts.kinds[kind] = counts.kinds.get(kind, 0) + 1
-        for example in encode_row(tokenizer, row, where):
-            longest = max(longest, len(example.tokens))
-            cut = Example(example.tokens[:max_length], example.labels[:max_length])
-            counts.truncated += len(cut.tokens) < len(example.tokens)
-            num_trained = cut.num_trained
-            if not num_trained:
-                counts.dropped_by_truncation += example.num_trained > 0
-                counts.dropped_by_mask += example.num_trained == 0
-                continue
-            counts.examples += 1
-            counts.tokens += len(cut.tokens)
-            counts.trained_tokens += num_trained
-            examples.append(cut)
-    if not counts.rows:
-        raise DataError(f"{name} holds no rows")
-    if not examples:
-        raise DataError(
-            f"{name}: nothing to train on in {counts.rows} rows; "
-            f"{_why(counts, max_length, longest)}"
-        )
-    return Dataset(name, examples, counts, _fingerprint(examples))
+    refuse_unknown(columns or (), ROW_FIELDS, "field in columns")
+    rows = open_rows(source, name, split)
+    settings: dict[str, Any] = {
+        "max_length": max_length,
+        "on_long": on_long,
+        "train_on": train_on,
+        "columns": columns,
+    }
+    maker = _Maker(rows, tokenizer, settings, notice or (lambda text: None))
+    examples, counts, fingerprint = maker.cached_or_made()
+    rows_of = pack(examples.lengths.tolist(), max_length) if packing else None
+    return Dataset(rows.name, examples, counts, fingerprint, rows_of)
 
 
-def _why(counts: DataCounts, max_length: int, longest: int) -> str:
-    causes = []
-    if counts.dropped_by_truncation:
-        causes.append(
-            f"truncation: {counts.dropped_by_truncation} lost every trained token to "
-            f"max_length={max_length} (the longest has {longest} tokens); raise max_length"
-        )
-    if counts.dropped_by_mask:
-        causes.append(
-            f"mask: {counts.dropped_by_mask} hold nothing that is trained (chat rows need a "
-            "message with role assistant, other rows a text)"
-        )
-    return "; ".join(causes)
+def load_for(
+    config: TrainConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    split: str = "train",
+    notice: Notice | None = None,
+) -> Dataset:
+    """`load_data` under a run's settings. Held-out rows are never packed."""
+    return load_data(
+        source,
+        tokenizer,
+        config.max_length,
+        "data" if split == "train" else "eval_data",
+        split=split,
+        on_long=config.on_long,
+        train_on=config.train_on,
+        columns=config.columns,
+        packing=config.packing and split == "train",
+        notice=notice,
+    )
 
 
-def _fingerprint(examples: list[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(array("q", example.tokens).tobytes())
-        digest.update(array("q", example.labels).tobytes())
-    return digest.hexdigest()
+def held_out_source(data: Source, given: Source | None) -> Source | None:
+    """What to evaluate on: what was given, else the valid split that came with the data."""
+    return data if given is None and has_split(data, "valid") else given
 
 
-def _rows(source: Source, name: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of each row; the place is file:line or name[index]."""
-    if isinstance(source, (str, Path)):
-        yield from _read_jsonl(Path(source))
-    elif isinstance(source, dict) or not isinstance(source, Iterable):
-        raise DataError(f"{name}: expected a JSONL path or rows, got a {type(source).__name__}")
-    else:
-        for index, row in enumerate(source):
-            yield f"{name}[{index}]", row
+def say(text: str) -> None:
+    """A notice before there is a run to log it."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a file with one JSON object per line, UTF-8, blank lines and a byte-order mark
-    allowed.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"data file {path} {what}; expected a file with one JSON object per line")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not line.strip():
-                continue
+class _Maker:
+    """Turns the rows of one source into examples, through the cache if there is one."""
+
+    def __init__(
+        self, rows: Rows, tokenizer: Tokenizer, settings: dict[str, Any], notice: Notice
+    ) -> None:
+        self.rows, self.tokenizer, self.settings, self.notice = rows, tokenizer, settings, notice
+        self.max_length, self.on_long = settings["max_length"], settings["on_long"]
+
+    def cached_or_made(self) -> tuple[Examples, DataCounts, str]:
+        """(examples, counts, fingerprint)."""
+        cache = default_folder()
+        if cache is None or not self.rows.files or self.rows.num_bytes < MIN_CACHED_BYTES:
+            return self._made(ExamplesWriter())
+        content = read_content(self.rows.files)
+        folder = cache / cache_key(content, self.tokenizer, self.settings)
+        found = read_entry(folder)
+        if found is not None:
+            examples, index = found
+            self.notice(f"{self.rows.name}: {len(examples)} prepared examples from {folder}")
+            return examples, DataCounts(**index["counts"]), index["fingerprint"]
+        with ExitStack() as stack:
             try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
-            except RecursionError as error:
-                raise DataError(f"{where}: JSON nested too deeply") from error
-            except ValueError as error:
+                entry = stack.enter_context(NewEntry(folder))
+            except OSError as error:
+                self.notice(f"WARNING: prepared data are not kept, {cache} cannot be used: {error}")
+                return self._made(ExamplesWriter(), content.num_lines)
+            writer = ExamplesWriter(entry.partial)
+            examples, counts, fingerprint = self._made(writer, content.num_lines)
+            index = {"counts": asdict(counts), "fingerprint": fingerprint, "files": writer.files}
+            entry.publish(index)
+        return examples, counts, fingerprint
+
+    def _made(self, writer: ExamplesWriter, num_lines: int = 0) -> tuple[Examples, DataCounts, str]:
+        try:
+            return self._written(writer, num_lines, by_prefixes=False)
+        except MaskDisagreement as error:
+            if not self.rows.can_reread:
                 raise DataError(
-                    f"{where}: expected one JSON object on the line: {error}"
+                    f"{error}; give a list or a file, to be read a second time"
                 ) from error
-            if isinstance(row, list):
-                raise DataError(f"{where}: expected one JSON object per line, got a JSON list")
-            yield where, row
+            self.notice(f"{error}; all rows are rendered again, up to each turn")
+            return self._written(ExamplesWriter(writer.folder), num_lines, by_prefixes=True)
+
+    def _written(
+        self, writer: ExamplesWriter, num_lines: int, by_prefixes: bool
+    ) -> tuple[Examples, DataCounts, str]:
+        encoder = RowEncoder(
+            self.tokenizer, self.settings["train_on"], self.settings["columns"], by_prefixes
+        )
+        counts = DataCounts()
+        for encoded in encoder.encode(self._watched(num_lines)):
+            _count_row(counts, encoded)
+            for example in encoded.examples:
+                for kept in self._fitted(example, counts, encoded.where):
+                    counts.examples += 1
+                    counts.tokens += len(kept.tokens)
+                    counts.trained_tokens += kept.num_trained
+                    writer.add(kept)
+        counts.by_prefixes = encoder.shapes.num_by_prefixes
+        if not counts.rows:
+            raise DataError(f"{self.rows.name} holds no rows")
+        if not counts.examples:
+            raise DataError(
+                f"{self.rows.name}: nothing to train on in {counts.rows} rows; "
+                f"{self._why_nothing(counts)}"
+            )
+        examples, fingerprint = writer.finish()
+        return examples, counts, fingerprint
+
+    def _watched(self, num_lines: int) -> Iterator[Placed]:
+        """The rows, told about now and then. num_lines: about how many, 0 if unknown."""
+        for number, placed in enumerate(self.rows.read()):
+            if number and number % PROGRESS_ROWS == 0:
+                share = f" of about {num_lines} ({number / num_lines:.0%})" if num_lines else ""
+                self.notice(f"preparing {self.rows.name}: {number} rows{share}")
+            yield placed
+
+    def _fitted(self, example: Example, counts: DataCounts, where: str) -> list[Example]:
+        """What is kept of an example; the rest is counted."""
+        length, limit = len(example.tokens), self.max_length
+        counts.longest = max(counts.longest, length)
+        if not example.num_trained:
+            counts.truncated += length > limit and self.on_long == "truncate"
+            counts.dropped_by_mask += 1
+            return []
+        if length <= limit:
+            return [example]
+        if self.on_long == "error":
+            raise DataError(
+                f"{where} has {length} tokens, more than max_length={limit}; raise max_length, or "
+                "choose on_long='truncate', 'split' or 'drop'"
+            )
+        if self.on_long == "drop":
+            counts.dropped_by_length += 1
+            return []
+        if self.on_long == "split":
+            pieces = [piece for piece in _pieces(example, limit) if piece.num_trained]
+            counts.split += 1
+            counts.pieces += len(pieces)
+            return pieces
+        counts.truncated += 1
+        counts.cut_tokens += length - limit
+        cut = Example(example.tokens[:limit], example.labels[:limit])
+        if cut.num_trained:
+            return [cut]
+        counts.dropped_by_truncation += 1
+        return []
+
+    def _why_nothing(self, counts: DataCounts) -> str:
+        causes = []
+        if counts.dropped_by_truncation:
+            causes.append(
+                f"truncation: {counts.dropped_by_truncation} lost every trained token to "
+                f"max_length={self.max_length} (the longest has {counts.longest} tokens); raise "
+                "max_length"
+            )
+        if counts.dropped_by_length:
+            causes.append(
+                f"length: {counts.dropped_by_length} were dropped for more than "
+                f"max_length={self.max_length} tokens (the longest has {counts.longest}); raise "
+                "max_length, or choose on_long='truncate' or 'split'"
+            )
+        if counts.dropped_by_mask:
+            causes.append(
+                f"mask: {counts.dropped_by_mask} hold nothing that is trained (chat rows need a "
+                "message with role assistant, other rows a text)"
+            )
+        return "; ".join(causes)
+
+
+def _count_row(counts: DataCounts, row: Encoded) -> None:
+    counts.rows += 1
+    counts.kinds[row.kind] = counts.kinds.get(row.kind, 0) + 1
+    counts.empty += row.is_empty
+    counts.turns += row.turns
+    counts.unstopped += row.unstopped
+    counts.double_bos += row.has_double_bos
+    counts.lacks_bos += row.lacks_bos
+
+
+def _pieces(example: Example, limit: int) -> Iterator[Example]:
+    """Pieces of at most `limit` tokens. The first token of a piece is no target, so each begins
+    with the last one of the piece before: every target stays one, once.
+    """
+    for start in range(0, len(example.tokens) - 1, limit - 1):
+        end = start + limit
+        yield Example(example.tokens[start:end], example.labels[start:end])
 
 
 # -- what a person sees --------------------------------------------------------------------------
@@ -207,85 +394,3 @@ def describe_row(example: Example, tokenizer: Tokenizer) -> Text:
         if len(piece) > room:
             break
     return text
-
-
-# -- order and batches ---------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=2)
-def order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The rows of an epoch, shuffled: a pure function of its arguments."""
-    rows = list(range(num_rows))
-    random.Random(f"sloth rows {seed} {epoch}").shuffle(rows)
-    return tuple(rows)
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which rows each optimizer step reads. rows_per_step = batch_size * grad_accum."""
-
-    num_rows: int
-    batch_size: int
-    grad_accum: int
-    seed: int
-    total_rows: int
-
-    @classmethod
-    def of(
-        cls,
-        num_rows: int,
-        batch_size: int,
-        grad_accum: int,
-        seed: int,
-        max_steps: int | None,
-        epochs: float | None,
-    ) -> StepPlan:
-        """Whichever of max_steps and epochs ends first; one epoch when neither is given."""
-        limits = []
-        if max_steps is not None:
-            limits.append(max_steps * batch_size * grad_accum)
-        if epochs is not None or max_steps is None:
-            limits.append(max(1, round((epochs or 1.0) * num_rows)))
-        return cls(num_rows, batch_size, grad_accum, seed, min(limits))
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of a whole step; the last one may have fewer."""
-        return self.batch_size * self.grad_accum
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return math.ceil(self.total_rows / self.rows_per_step)
-
-    def epoch(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
-        return min(step * self.rows_per_step, self.total_rows) / self.num_rows
-
-    def rows(self, step: int) -> list[int]:
-        """Row indices of a step, in order."""
-        first = step * self.rows_per_step
-        places = range(first, min(first + self.rows_per_step, self.total_rows))
-        return [
-            order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]
-            for place in places
-        ]
-
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """The step's rows, batch_size at a time."""
-        rows = self.rows(step)
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-
-
-def collate(examples: list[Example], pad_id: int) -> Batch:
-    """Right-padded int64 tensors. Padding is seen by no real token (attention is causal) nor
-    trained.
-    """
-    length = max(len(example.tokens) for example in examples)
-    tokens = torch.full((len(examples), length), pad_id, dtype=torch.long)
-    labels = torch.full((len(examples), length), UNTRAINED, dtype=torch.long)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        labels[row, : len(example.labels)] = torch.tensor(example.labels)
-    num_tokens = sum(len(example.tokens) for example in examples)
-    return Batch(tokens, labels, num_tokens, sum(example.num_trained for example in examples))

@@ -1,116 +1,245 @@
-"""One row -> tokens and labels: what the model reads, and which of its tokens it is trained on.
+"""Rows -> tokens and labels: what the model reads, and which of its tokens it is trained on.
 
-    {"messages": [...], "tools": [...]}     assistant turns, with the token that ends each turn
-    {"prompt": ..., "completion": ...}      the completion; both texts (then + end-of-text) or both
-    messages {"text": ...}                           everything, + end-of-text
+    chat         assistant turns, with the token that ends each turn; or the last turn alone
+    completion   the completion, then end-of-text
+    text         everything, then end-of-text
 
-A chat is rendered once and masked by token offsets. Where an assistant turn begins and ends comes
-from rendering the conversation up to it, as generation would, so the mask holds for any template.
-A template that writes earlier turns differently once later ones follow (it may drop old reasoning)
-has no one rendering; such a row becomes one example per assistant turn, each as the model would
-meet it. Labels sit at their token's own index (the loss shifts them); -100 is not trained. They
-are set by position, never by token id, so a padding id that equals end-of-text stays trained where
-it ends a turn.
+A chat is rendered once (masks.py), encoded once without added special tokens, as the template
+writes its own, and masked by token offsets. Labels are set by position, never by token id, so a
+padding id that equals end-of-text stays trained where it ends a turn. A text or prompt gets what
+the tokenizer puts before one, unless it begins with it already: exactly one beginning-of-text.
+
+Rendering is Python, encoding is not: rows go through in chunks, and while the tokenizer works on
+one chunk in a thread, the next one is rendered.
 """
 
 from __future__ import annotations
 
-import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sloth.errors import DataError, SlothError, TokenizerMissing
+from sloth.errors import DataError, TokenizerMissing
+from sloth.train.config import TrainOn
+from sloth.train.examples import UNTRAINED, Example
+from sloth.train.masks import Conversation, Span, TemplateShapes
+from sloth.train.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
+from sloth.train.sources import Placed
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
 
-UNTRAINED = -100
+Encoding = tuple[list[int], list[tuple[int, int]]]
 
-KINDS = ("messages", "prompt/completion", "text")
-
-Message = dict[str, Any]
+CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Example:
-    """tokens and labels of equal length."""
-
-    tokens: list[int]
-    labels: list[int]
-
-    @property
-    def num_trained(self) -> int:
-        """Labels that the loss sees; the first token is never a target."""
-        return sum(label != UNTRAINED for label in self.labels[1:])
-
-
-def kind_of(row: Any, where: str) -> str:
-    """Which of KINDS a row is. Raises DataError, saying what was expected."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, got {_name(row)}")
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row or "completion" in row:
-        for field in ("prompt", "completion"):
-            if field not in row:
-                raise DataError(f"{where}: field {field!r} is missing beside the other of the pair")
-        return "prompt/completion"
-    if "text" in row:
-        return "text"
-    found = ", ".join(repr(str(key)) for key in list(row)[:8]) or "no field at all"
-    raise DataError(
-        f'{where}: expected "messages", "prompt" and "completion", or "text"; found {found}'
-    )
-
-
-def encode_row(tokenizer: Tokenizer, row: dict[str, Any], where: str) -> list[Example]:
-    """A row's examples, one unless the template needs more. Raises DataError, TokenizerMissing."""
-    kind = kind_of(row, where)
-    if kind == "messages":
-        messages = _messages(row["messages"], f"{where}: messages")
-        return _encode_chat(tokenizer, messages, _tools(row, where), 0, where)
-    if kind == "text":
-        return [_encode_text(tokenizer, _text(row["text"], f"{where}: text"), where)]
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(prompt, f"{where}: prompt")
-        after = _messages(completion, f"{where}: completion")
-        return _encode_chat(tokenizer, before + after, _tools(row, where), len(before), where)
-    prompt = _text(prompt, f"{where}: prompt", "a text, like the completion")
-    completion = _text(completion, f"{where}: completion", "a text, like the prompt")
-    return [_encode_completion(tokenizer, prompt, completion, where)]
-
-
-# -- text ----------------------------------------------------------------------------------------
-
-
-def _encode_text(tokenizer: Tokenizer, text: str, where: str) -> Example:
-    ids = _ended(_encode_open(tokenizer, text, where), _eos(tokenizer, where))
-    return Example(ids, list(ids))
-
-
-def _encode_completion(tokenizer: Tokenizer, prompt: str, completion: str, where: str) -> Example:
-    """Encoded together where the prompt keeps its own tokens, as generation will give it; else
-    apart.
+class Encoded:
+    """What one row became. turns: trained assistant turns; unstopped: of those, the ones whose last
+    trained token would not end an answer. lacks_bos: the template leaves out what the tokenizer
+    puts before a text.
     """
-    before = _encode_open(tokenizer, prompt, where)
-    ids = _encode_open(tokenizer, prompt + completion, where)
-    if ids[: len(before)] != before:
-        ids = before + tokenizer.encode(completion, add_special_tokens=False)
-    if len(ids) == len(before) or ids[-1] != tokenizer.eos_id:
-        ids = [*ids, _eos(tokenizer, where)]
-    return Example(ids, [UNTRAINED] * len(before) + ids[len(before) :])
+
+    where: str
+    kind: str
+    examples: list[Example]
+    is_empty: bool
+    turns: int = 0
+    unstopped: int = 0
+    has_double_bos: bool = False
+    lacks_bos: bool = False
 
 
-def _encode_open(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
-    """Ids with the special tokens that begin a text, but no end-of-text that it does not hold."""
-    ids = tokenizer.encode(text, add_special_tokens=True)
-    eos = _eos(tokenizer, where)
-    if ids and ids[-1] == eos:
-        bare = tokenizer.encode(text, add_special_tokens=False)
-        if not bare or bare[-1] != eos:
-            return ids[:-1] if ids != [tokenizer.bos_id] else ids
-    return ids
+@dataclass(frozen=True)
+class _Prepared:
+    """A row with the texts that it needs encoded; spans: of each text, for a chat."""
+
+    where: str
+    kind: str
+    content: Content
+    texts: list[str]
+    spans: list[tuple[Span, ...]]
+
+
+class RowEncoder:
+    """Encodes rows for one tokenizer. train_on: "assistant" (every assistant turn; a completion),
+    "last" (the last assistant turn alone; a completion) or "everything". by_prefixes: render every
+    chat up to each of its turns, trusting no learned frame.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        train_on: TrainOn = "assistant",
+        columns: dict[str, str] | None = None,
+        by_prefixes: bool = False,
+    ) -> None:
+        self.tokenizer, self.train_on, self.columns = tokenizer, train_on, columns
+        self.shapes = TemplateShapes(is_trusting=not by_prefixes)
+        self._before, self._stops = _written_before(tokenizer), frozenset(tokenizer.stop_ids)
+        self._markers: dict[int, bool] = {}
+
+    def encode(self, rows: Iterable[Placed]) -> Iterator[Encoded]:
+        """What each row became, in order. Raises DataError, TokenizerMissing."""
+        source = iter(rows)
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[list[_Prepared], Future[list[Encoding]]] | None = None
+            while chunk := [self._prepare(where, row) for where, row in islice(source, CHUNK_ROWS)]:
+                texts = [text for prepared in chunk for text in prepared.texts]
+                encodings = pool.submit(self.tokenizer.encode_batch, texts)
+                if waiting is not None:
+                    yield from self._finish(*waiting)
+                waiting = chunk, encodings
+            if waiting is not None:
+                yield from self._finish(*waiting)
+
+    def _prepare(self, where: str, row: Any) -> _Prepared:
+        if self.columns is not None:
+            row = map_columns(row, self.columns, where)
+        kind, content = read_row(row, where, self.tokenizer.chat is not None)
+        if isinstance(content, Text):
+            return _Prepared(where, kind, content, [content.text], [])
+        if isinstance(content, Completion):
+            whole = content.prompt + content.completion
+            return _Prepared(where, kind, content, [content.prompt, whole], [])
+        renderings = self._renderings(content, where)
+        texts, spans = [one[0] for one in renderings], [one[1] for one in renderings]
+        return _Prepared(where, kind, content, texts, spans)
+
+    def _renderings(self, content: Chat, where: str) -> list[tuple[str, tuple[Span, ...]]]:
+        chat = self.tokenizer.chat
+        if chat is None:
+            raise TokenizerMissing(
+                f"{where} holds chat messages, but the model has no chat template; train its chat "
+                "model, or give rows of prompt and completion"
+            )
+        talk = Conversation(chat, content.messages, content.tools, where)
+        if self.train_on == "everything":
+            text = talk.render(len(talk.messages))
+            return [(text, ((0, len(text)),))]
+        trained = [
+            index
+            for index, message in enumerate(content.messages)
+            if message["role"] == "assistant"
+            and index >= content.first_trained
+            and message.get("weight") != 0
+        ]
+        if self.train_on == "last":
+            trained = trained[-1:]
+        found = self.shapes.renderings(talk, tuple(trained))
+        return [(one.text, one.spans) for one in found]
+
+    def _finish(
+        self, rows: list[_Prepared], encodings: Future[list[Encoding]]
+    ) -> Iterator[Encoded]:
+        left = iter(encodings.result())
+        for row in rows:
+            own = list(islice(left, len(row.texts)))
+            if isinstance(row.content, Chat):
+                yield self._finish_chat(row, own)
+                continue
+            if isinstance(row.content, Text):
+                example = self._text(own[0][0], row.where)
+            else:
+                example = self._completion(row.content, own[0][0], own[1][0], row.where)
+            double = self._has_double_bos(example.tokens)
+            yield Encoded(
+                row.where, row.kind, [example], is_empty(row.content), has_double_bos=double
+            )
+
+    # -- text --------------------------------------------------------------------------------------
+
+    def _text(self, bare: list[int], where: str) -> Example:
+        ids = _ended(self._opened(bare), _eos(self.tokenizer, where))
+        return Example(ids, list(ids))
+
+    def _completion(
+        self, content: Completion, prompt: list[int], whole: list[int], where: str
+    ) -> Example:
+        """Encoded together where the prompt keeps its own tokens, as generation will give it; else
+        apart.
+        """
+        eos = _eos(self.tokenizer, where)
+        before, ids = self._opened(prompt), self._opened(whole)
+        if ids[: len(before)] != before:
+            ids = before + self.tokenizer.encode(content.completion, add_special_tokens=False)
+        if len(ids) == len(before) or ids[-1] != eos:
+            ids = [*ids, eos]
+        if self.train_on == "everything":
+            return Example(ids, list(ids))
+        return Example(ids, [UNTRAINED] * len(before) + ids[len(before) :])
+
+    def _opened(self, bare: list[int]) -> list[int]:
+        """With what the tokenizer puts before a text, once."""
+        before = self._before
+        return bare if before and bare[: len(before)] == before else before + bare
+
+    def _has_double_bos(self, ids: list[int]) -> bool:
+        bos = self.tokenizer.bos_id
+        return bos is not None and ids[:2] == [bos, bos]
+
+    # -- chat --------------------------------------------------------------------------------------
+
+    def _finish_chat(self, row: _Prepared, encodings: list[Encoding]) -> Encoded:
+        examples: list[Example] = []
+        turns, unstopped, double = 0, 0, False
+        for (ids, offsets), spans, text in zip(encodings, row.spans, row.texts, strict=True):
+            labels = [UNTRAINED] * len(ids)
+            starts = [start for start, _ in offsets]
+            for start, end in spans:
+                first = bisect_left(starts, start)
+                last = bisect_left(starts, end, first)
+                while last > first and offsets[last - 1][1] > end:
+                    last -= 1
+                if self.train_on != "everything":
+                    last = self._turn_end(text, ids, offsets, first, last)
+                    turns += 1
+                    unstopped += last == first or ids[last - 1] not in self._stops
+                labels[first:last] = ids[first:last]
+            double |= self._has_double_bos(ids)
+            examples.append(Example(ids, labels))
+        bos = self.tokenizer.bos_id
+        lacks = bos in self._before and any(e.tokens[:1] != [bos] for e in examples)
+        return Encoded(
+            row.where, row.kind, examples, is_empty(row.content), turns, unstopped, double, lacks
+        )
+
+    def _turn_end(
+        self, text: str, ids: list[int], offsets: list[tuple[int, int]], first: int, last: int
+    ) -> int:
+        """Where a turn's trained tokens end: not with white space after the token that ends it."""
+        end = last
+        while end > first and text[slice(*offsets[end - 1])].isspace():
+            end -= 1
+        return end if end > first and self._is_marker(ids[end - 1]) else last
+
+    def _is_marker(self, token: int) -> bool:
+        """Whether a token is a special one, without a text of its own."""
+        if token not in self._markers:
+            self._markers[token] = self.tokenizer.decode([token]) == ""
+        return self._markers[token]
+
+
+def encode_row(
+    tokenizer: Tokenizer, row: dict[str, Any], where: str, train_on: TrainOn = "assistant"
+) -> list[Example]:
+    """One row's examples, one unless the template needs more. Raises DataError,
+    TokenizerMissing.
+    """
+    (encoded,) = RowEncoder(tokenizer, train_on).encode([(where, row)])
+    return encoded.examples
+
+
+def _written_before(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer puts before a text."""
+    bare, whole = tokenizer.encode("a", False), tokenizer.encode("a", True)
+    places = range(len(whole) - len(bare) + 1)
+    first = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+    return whole[:first]
 
 
 def _ended(ids: list[int], eos: int) -> list[int]:
@@ -124,144 +253,3 @@ def _eos(tokenizer: Tokenizer, where: str) -> int:
             "could never stop; use a model whose tokenizer_config.json has eos_token"
         )
     return tokenizer.eos_id
-
-
-# -- chat ----------------------------------------------------------------------------------------
-
-
-class _Conversation:
-    """Renderings of one row up to each of its messages."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, messages: list[Message], tools: list[Any] | None, where: str
-    ) -> None:
-        if tokenizer.chat is None:
-            raise TokenizerMissing(
-                f"{where} holds chat messages, but the model has no chat template; train its chat "
-                "model, or give rows of prompt and completion"
-            )
-        self.tokenizer, self.chat = tokenizer, tokenizer.chat
-        self.messages, self.tools, self.where = messages, tools, where
-
-    def render(self, count: int, for_generation: bool = False) -> str:
-        """The first `count` messages as text."""
-        if count == 0:
-            return ""
-        try:
-            return self.chat.render(
-                self.messages[:count], tools=self.tools, add_generation_prompt=for_generation
-            )
-        except (SlothError, ValueError) as error:
-            raise DataError(
-                f"{self.where}: the chat template refuses the messages: {error}"
-            ) from error
-
-    def turn_start(self, index: int, through: str) -> int:
-        """Character at which the assistant's message `index` begins in `through`, its rendering.
-
-        That is where the text that generation would be given ends. A generation prompt that writes
-        more than the turn keeps (an opened reasoning block) counts as far as they agree.
-        """
-        before = self.render(index)
-        given = self.render(index, for_generation=True)
-        if not through.startswith(before):
-            raise DataError(
-                f"{self.where}: the chat template writes messages[:{index}] in another way once "
-                f"messages[{index}] follows, so no mask can be given; split the row there"
-            )
-        if through.startswith(given):
-            return len(given)
-        agreed = len(os.path.commonprefix([given, through]))
-        content = self.messages[index].get("content")
-        found = through.find(content.strip(), len(before)) if isinstance(content, str) else -1
-        return max(len(before), min(agreed, found) if found >= 0 else agreed)
-
-    def example(self, text: str, spans: list[tuple[int, int]]) -> Example:
-        """`text` encoded; trained where a token lies whole in one of the character spans."""
-        ids, offsets = self.tokenizer.encode_with_offsets(text, add_special_tokens=False)
-        labels = [UNTRAINED] * len(ids)
-        for start, end in spans:
-            inside = [i for i, (a, b) in enumerate(offsets) if a >= start and b <= end]
-            for i in inside[: self._turn_end(text, ids, offsets, inside)]:
-                labels[i] = ids[i]
-        return Example(ids, labels)
-
-    def _turn_end(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]], inside: list[int]
-    ) -> int:
-        """How many of a turn's tokens are trained: not the white space after the token that ends
-        it.
-        """
-        end = len(inside)
-        while end and text[slice(*offsets[inside[end - 1]])].isspace():
-            end -= 1
-        is_marker = end > 0 and self.tokenizer.decode([ids[inside[end - 1]]]) == ""
-        return end if is_marker else len(inside)
-
-
-def _encode_chat(
-    tokenizer: Tokenizer,
-    messages: list[Message],
-    tools: list[Any] | None,
-    first_trained: int,
-    where: str,
-) -> list[Example]:
-    """Examples of a conversation, trained on the assistant's messages from `first_trained` on."""
-    conversation = _Conversation(tokenizer, messages, tools, where)
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index >= first_trained:
-            through = conversation.render(index + 1)
-            turns.append((through, conversation.turn_start(index, through)))
-    whole = conversation.render(len(messages))
-    if all(whole.startswith(through) for through, _ in turns):
-        return [conversation.example(whole, [(start, len(text)) for text, start in turns])]
-    return [conversation.example(text, [(start, len(text))]) for text, start in turns]
-
-
-# -- fields --------------------------------------------------------------------------------------
-
-
-def _messages(value: Any, where: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a non-empty list of messages, got {_name(value)}")
-    for index, message in enumerate(value):
-        place = f"{where}[{index}]"
-        if not isinstance(message, dict):
-            raise DataError(
-                f"{place}: expected an object with role and content, got {_name(message)}"
-            )
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise DataError(f"{place}.role: expected system, user, assistant or tool, got {role!r}")
-        content = message.get("content")
-        may_lack = content is None and bool(message.get("tool_calls"))
-        if not isinstance(content, str) and not may_lack:
-            raise DataError(f"{place}.content: expected a text, got {_name(content)}")
-    return value
-
-
-def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"{where}: tools: expected a list, got {_name(tools)}")
-    return tools
-
-
-def _text(value: Any, where: str, expected: str = "a text") -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected {expected}, got {_name(value)}")
-    return value
-
-
-def _name(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return names.get(type(value), f"a {type(value).__name__}")

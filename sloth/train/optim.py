@@ -1,23 +1,33 @@
-"""AdamW over the trainable parameters, the gradient norm, and clipping.
+"""AdamW over the trainable parameters in groups of rate and decay; the gradient norm; clipping.
 
     m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
     w <- w - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w)
 
 Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Decay leaves out 1-D parameters
-(norms, biases). State keeps the parameter's dtype. Names, not positions, identify state in a
-checkpoint.
+(norms, biases). Rates: `lr`; `embedding_lr` for the embedding and the head; `lora_plus` times the
+rate for LoRA's B, which starts at zero and learns features faster with a larger one (LoRA+, Hayou
+et al. 2024, https://arxiv.org/abs/2402.12354; they advise 16). The schedule scales all alike.
+
+8 bits: bitsandbytes keeps m and v as codes with a scale per block of 256 (Dettmers et al. 2022,
+https://arxiv.org/abs/2110.02861): 2 bytes a parameter in place of 8. Names, not positions, identify
+state in a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sloth.train.config import TrainConfig
+
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+# Smaller tensors keep 32-bit moments: they are few bytes and the noisiest (the library's default).
+MIN_8BIT_SIZE = 4096
 
 _FUSED_DEVICES = ("cuda", "cpu")
 
@@ -27,25 +37,81 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
+def kind_of(name: str) -> str:
+    """embedding (input or output matrix over the vocabulary), lora_B, or other."""
+    if ".lora_B." in name:
+        return "lora_B"
+    is_embedding = ".lora_" not in name and name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return "embedding" if is_embedding else "other"
+
+
+def rate_scales(config: TrainConfig) -> dict[str, float]:
+    """What the scheduled rate is multiplied with, by kind of parameter."""
+    embedding = 1.0 if config.embedding_lr is None else config.embedding_lr / config.lr
+    return {"embedding": embedding, "lora_B": config.lora_plus or 1.0, "other": 1.0}
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+) -> list[dict[str, Any]]:
+    """One group per rate and decay that occurs. Raises ValueError for a rate without takers."""
+    kinds = {kind_of(name) for name in parameters}
+    if config.embedding_lr is not None and "embedding" not in kinds:
+        raise ValueError(
+            f"embedding_lr={config.embedding_lr:g} has no effect: neither embed_tokens nor lm_head "
+            "is trained; add them to lora.modules_to_save, or leave embedding_lr out"
+        )
+    if config.lora_plus is not None and "lora_B" not in kinds:
+        raise ValueError(f"lora_plus={config.lora_plus:g} has no effect without a LoRA adapter")
+    scales = rate_scales(config)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        scale = scales[kind_of(name)]
+        group = groups.setdefault(
+            (scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
 def build_optimizer(
-    parameters: dict[str, nn.Parameter], lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with matrices decayed and vectors not; fused where torch has that kernel."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has that kernel; or bitsandbytes' 8-bit one."""
+    groups = parameter_groups(parameters, config)
+    if config.optimizer == "adamw_8bit":
+        library = eight_bit_library()
+        return library.optim.AdamW8bit(
+            groups, lr=config.lr, betas=BETAS, eps=EPS, min_8bit_size=MIN_8BIT_SIZE
+        )
     fused = all(p.device.type in _FUSED_DEVICES for p in parameters.values())
-    filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=lr, betas=BETAS, eps=EPS, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=fused)
+
+
+def eight_bit_library() -> Any:
+    """bitsandbytes, an extra. Raises ValueError where it is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer='adamw_8bit' needs bitsandbytes: pip install 'sloth-llm[bnb]' ({error})"
+        ) from error
+
+
+def state_bytes(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> int:
+    """Bytes of both moments, once they exist."""
+    is_8bit = config.optimizer == "adamw_8bit"
+    return sum(
+        p.numel() * (2 if is_8bit and p.numel() >= MIN_8BIT_SIZE else 2 * p.element_size())
+        for p in parameters.values()
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of the next step, in every group."""
+    """The rate of the next step, scaled in each group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -60,11 +126,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, largest: fl
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """State as flat tensors: `<parameter name>|exp_avg`, `|exp_avg_sq`, `|step`."""
+    """State as flat tensors: `<parameter name>|exp_avg`, `|exp_avg_sq`, `|step`; in 8 bits
+    `|state1`, `|absmax1`, `|qmap1` and so on.
+    """
     return {
-        f"{name}|{key}": value
+        f"{name}|{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
@@ -72,17 +140,17 @@ def optimizer_tensors(
 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    tensors: dict[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Undo `optimizer_tensors`."""
-    by_name: dict[str, dict[str, Tensor]] = {}
+    """Undo `optimizer_tensors`: each value in the dtype it was stored in."""
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("|", 1)
-        by_name.setdefault(name, {})[key] = tensor
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+        parameter = parameters[name]
+        state = optimizer.state[parameter]
+        if key != "step":
+            state[key] = tensor.to(parameter.device)
+        elif not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes counts with an int
+            state[key] = int(tensor)
+        else:  # torch's fused kernel reads the count on the device, the others on the CPU
+            state[key] = tensor.to(parameter.device if optimizer.defaults["fused"] else "cpu")

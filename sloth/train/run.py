@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,27 @@ import yaml
 from torch import nn
 
 from sloth.errors import AdapterMismatch, OutputExists
-from sloth.train.checkpoint import newest_good, remove_unfinished
+from sloth.train.checkpoint import (
+    checkpoints,
+    is_good,
+    newest_good,
+    remove_unfinished,
+    step_of,
+)
 from sloth.train.config import TrainConfig
+from sloth.train.optim import eight_bit_library
+from sloth.train.ranks import Ranks
+from sloth.train.redact import Redactor
 from sloth.train.schedule import depends_on_length
 
 RUNS = Path("runs")
 FINGERPRINT_NUMBERS = 16
 
 # May differ between a run and its continuation: they say where and when to write, stop or look.
-_FREE = {"output", "resume", "save_steps", "eval_data", "eval_steps", "max_bad_steps"}
+_FREE = {
+    *("output", "resume", "allow_change", "save_steps", "max_bad_steps", "trackers", "project"),
+    *("eval_data", "eval_steps", "patience", "load_best", "sample_prompts", "sample_tokens"),
+}
 # Compared as what they come to: the number of steps, the adapter in place, the base's weights.
 _DERIVED = {"max_steps", "epochs", "lora", "quant"}
 
@@ -35,7 +48,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 @dataclass(frozen=True)
 class Identity:
     """What makes two runs the same: settings, number of steps, data and base fingerprints,
-    adapter.
+    adapter, number of processes.
     """
 
     settings: dict[str, Any]
@@ -43,29 +56,43 @@ class Identity:
     data: str
     base: str
     lora: dict[str, Any] | None
+    ranks: int = 1
 
 
-def refuse_changes(before: Identity, now: Identity, source: Path) -> None:
-    """Raise ValueError naming every difference with both values.
+def refuse_changes(
+    before: Identity, now: Identity, source: Path, allowed: Sequence[str] = ()
+) -> list[str]:
+    """Raise ValueError naming every difference with both values; return those that are allowed.
 
     A longer or shorter run is the same run only under a schedule that does not look at its length.
+    A setting that a checkpoint of an older version lacks had today's default.
     """
-    pairs: list[tuple[str, Any, Any]] = []
+    defaults = TrainConfig().plain()
+    pairs: list[tuple[str, str, Any, Any]] = []
     for name in sorted({*before.settings, *now.settings} - _FREE - _DERIVED):
-        pairs.append((name, before.settings.get(name), now.settings.get(name)))
+        default = defaults.get(name)
+        old, new = before.settings.get(name, default), now.settings.get(name, default)
+        pairs.append((name, name, old, new))
     old, new = before.lora or {}, now.lora or {}
     for name in sorted({*old, *new}):
-        pairs.append((f"lora.{name}", old.get(name), new.get(name)))
+        pairs.append((f"lora.{name}", f"lora.{name}", old.get(name), new.get(name)))
     if depends_on_length(now.settings["schedule"]):
-        pairs.append(("number of steps (max_steps, epochs)", before.num_steps, now.num_steps))
-    pairs.append(("data (sha256 of its tokens)", before.data[:16], now.data[:16]))
-    pairs.append(("base weights (sha256 of samples)", before.base[:16], now.base[:16]))
-    changed = [f"{name} was {a!r}, now {b!r}" for name, a, b in pairs if a != b]
-    if changed:
+        said = "number of steps (max_steps, epochs)"
+        pairs.append(("max_steps", said, before.num_steps, now.num_steps))
+        pairs.append(("epochs", said, before.num_steps, now.num_steps))
+    pairs.append(("data", "data (sha256 of its tokens)", before.data[:16], now.data[:16]))
+    pairs.append(("base", "base weights (sha256 of samples)", before.base[:16], now.base[:16]))
+    pairs.append(("ranks", "number of processes", before.ranks, now.ranks))
+    changes = {said: f"{said} was {a!r}, now {b!r}" for _, said, a, b in pairs if a != b}
+    may_change = {said for name, said, _, _ in pairs if name in allowed}
+    refused = [text for said, text in changes.items() if said not in may_change]
+    if refused:
+        names = sorted({name for name, said, a, b in pairs if a != b and said not in may_change})
         raise ValueError(
-            f"cannot resume {source} with other settings: {'; '.join(changed)}. "
-            "Give the old values, or start a new run"
+            f"cannot resume {source} with other settings: {'; '.join(refused)}. Give the old "
+            f"values, start a new run, or accept another curve with allow_change={names}"
         )
+    return list(changes.values())
 
 
 def check_model(model: Any, config: TrainConfig) -> None:
@@ -93,6 +120,12 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
         )
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise ValueError for an optimizer whose library is missing."""
+    if config.optimizer == "adamw_8bit":
+        eight_bit_library()
+
+
 def claim_output(config: TrainConfig) -> tuple[Path, Path | None]:
     """Make the run's folder; return it and the checkpoint to resume from, or None.
 
@@ -112,6 +145,7 @@ def claim_output(config: TrainConfig) -> tuple[Path, Path | None]:
             raise ValueError(f"resume={str(place)!r}: no checkpoint there (a step-000123 folder)")
         output = output or source.parent
     output = output or _new_folder()
+    _refuse_branching(source, output)
     continues = config.resume is True or (source is not None and source.parent == output)
     if output.exists() and not output.is_dir():
         raise OutputExists(f"{output} is a file; choose another output")
@@ -124,9 +158,32 @@ def claim_output(config: TrainConfig) -> tuple[Path, Path | None]:
     return output, source
 
 
+def claim_once(config: TrainConfig, ranks: Ranks) -> tuple[Path, Path | None]:
+    """`claim_output` in the first rank, its answer in all."""
+    claimed: list[Path | None] = []
+    ranks.first(lambda: claimed.extend(claim_output(config)))
+    output, source = json.loads(ranks.tell(json.dumps([str(path or "") for path in claimed])))
+    return Path(output), Path(source) if source else None
+
+
+def _refuse_branching(source: Path | None, output: Path) -> None:
+    """Raise ValueError for a continuation that newer checkpoints of its own folder would overrule
+    the next time.
+    """
+    if source is None or source.parent != output:
+        return
+    newer = [path.name for path in checkpoints(output) if step_of(path) > step_of(source)]
+    newer = [name for name in newer if is_good(output / name)]
+    if newer:
+        raise ValueError(
+            f"{output} holds newer checkpoints than {source.name} ({', '.join(newer)}), and the "
+            "newest one is resumed from; give another output, or delete them"
+        )
+
+
 def write_settings(config: TrainConfig, output: Path) -> None:
-    """config.yaml of the run, in the form that `--config` reads."""
-    text = yaml.safe_dump(config.plain(), sort_keys=False)
+    """config.yaml of the run, in the form that `--config` reads, without secrets."""
+    text = yaml.safe_dump(Redactor().value(config.plain()), sort_keys=False)
     (output / "config.yaml").write_text(text, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@ it.
 
     step:  loss = sum of CE over the trained tokens of all micro-batches / their number
            backward; gradient norm; skip the update if anything is not finite, else clip and update
+    then:  log; evaluate; save; leave if a signal asked for it
 
 Data order, learning rate and row split are pure functions of the step, and a checkpoint holds
 parameters, optimizer and generator states, so a resumed run continues with the same losses, bit by
@@ -13,127 +14,73 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sloth.errors import NonFiniteGradients
-from sloth.lora_config import LoraConfig
-from sloth.train import checkpoint
+from sloth.errors import Interrupted, NonFiniteGradients
+from sloth.train.accumulate import Accumulated, Accumulator
+from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
-from sloth.train.data import Batch, Dataset, Source, StepPlan, collate, describe_row, load_data
-from sloth.train.log import RunLog, StepRecord, memory_bytes
-from sloth.train.optim import (
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-    trainable,
-)
+from sloth.train.data import Batch, Dataset, Source, StepPlan, held_out_source, load_for, say
+from sloth.train.describe import announce, describe_plan
+from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed_loss
+from sloth.train.log import RunLog, memory_bytes
+from sloth.train.neftune import noisy_embeddings
+from sloth.train.optim import clip_gradients, gradient_norm, set_learning_rate
 from sloth.train.plot import plot_losses
+from sloth.train.ranks import Ranks, ranks_of_process
+from sloth.train.records import EvalRecord, Progress, StepRecord, TrainReport
 from sloth.train.run import (
-    Identity,
-    base_fingerprint,
     check_device,
     check_model,
-    claim_output,
+    check_optimizer,
+    claim_once,
     publish_weights,
-    refuse_changes,
     seeded,
     write_settings,
 )
+from sloth.train.saving import Saver
 from sloth.train.schedule import learning_rate
+from sloth.train.signals import StopRequest
+from sloth.train.state import Trainable, TrainState
+from sloth.train.trackers import build_trackers, require_trackers
 
-if TYPE_CHECKING:
-    from sloth.text.tokenizer import Tokenizer
-
-
-class Trainable(Protocol):
-    """What the trainer asks of a model; `sloth.Model` has it."""
-
-    network: Any
-    name: str
-    revision: str | None
-    is_quantized: bool
-    lora_config: LoraConfig | None
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def has_adapter(self) -> bool: ...
-    def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor | None = None,
-        num_trained: int | Tensor | None = None,
-    ) -> Tensor: ...
-    def add_lora(self, config: LoraConfig | None = None) -> Any: ...
-    def save_adapter(self, folder: Path) -> Any: ...
-    def save_merged(self, folder: Path) -> Any: ...
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run did, from its first step even when it was resumed.
-
-    losses: one per optimizer step (NaN where it was not finite). eval_losses: by step. tokens:
-    read by the model; trained_tokens: of those, in the loss. skipped: steps without an update.
-    paths: output, config, metrics, loss_svg, loss_png (with matplotlib), adapter or model,
-    checkpoint.
-    """
-
-    losses: list[float]
-    tokens: int
-    seconds: float
-    paths: dict[str, Path]
-    trained_tokens: int = 0
-    skipped: int = 0
-    eval_losses: dict[int, float] = field(default_factory=dict)
-
-
-@dataclass
-class Progress:
-    """What a checkpoint's state.json holds of the run so far."""
-
-    step: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    losses: list[float] = field(default_factory=list)
-    eval_losses: dict[str, float] = field(default_factory=dict)
+__all__ = ["Trainable", "TrainReport", "Trainer"]
 
 
 class Trainer:
-    """One training run of a model on data.
+    """One training run of a model on data. callbacks: watch it, see `Callback`.
 
     Raises ValueError for settings that cannot take effect, DataError, TokenizerMissing.
     """
 
     def __init__(
-        self, model: Trainable, data: Source, config: TrainConfig | None = None, **overrides: Any
+        self,
+        model: Trainable,
+        data: Source,
+        config: TrainConfig | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        **overrides: Any,
     ) -> None:
-        self.model = model
+        self.model, self.callbacks = model, list(callbacks)
         self.config = config = with_overrides(config, overrides)
         check_model(model, config)
         check_device(config, model.device)
+        require_trackers(config.trackers)
+        check_optimizer(config)
         tokenizer = model.tokenizer
-        self.data = load_data(data, tokenizer, config.max_length)
+        self.data = load_for(config, data, tokenizer, notice=say)
+        held_out = held_out_source(data, config.eval_data)
         self.eval_data: Dataset | None = None
-        if config.eval_data is not None:
-            self.eval_data = load_data(config.eval_data, tokenizer, config.max_length, "eval_data")
+        if held_out is not None:
+            self.eval_data = load_for(config, held_out, tokenizer, "valid", say)
         self.plan = StepPlan.of(
-            len(self.data.examples),
+            self.data.num_rows,
             config.batch_size,
             config.grad_accum,
             config.seed,
@@ -145,67 +92,111 @@ class Trainer:
     def run(self) -> TrainReport:
         """Train, and write the adapter (or the model), metrics and curve under the output folder.
 
-        Raises OutputExists, NonFiniteGradients, CheckpointMismatch; ValueError when settings
-        differ from those of the checkpoint to resume.
+        Raises OutputExists, NonFiniteGradients, CheckpointMismatch, OutOfMemory, SaveFailed;
+        Interrupted after SIGINT or SIGTERM; ValueError when settings differ from those of the
+        checkpoint to resume.
         """
-        output, source = claim_output(self.config)
-        was_training = self.model.network.training
+        config, network = self.config, self.model.network
+        was_training = network.training
         try:
-            with seeded(self.config, self.model.device):
-                attached = self._attach_adapter()
-                self.parameters = trainable(self.model.network)
-                if not self.parameters:
-                    raise ValueError("no parameter of the model requires a gradient; call add_lora")
-                self.optimizer = build_optimizer(
-                    self.parameters, self.config.lr, self.config.weight_decay
-                )
-                self.progress = Progress() if source is None else self._resume(source)
-                write_settings(self.config, output)
-                first_step = self.progress.step
-                with RunLog(output / "metrics.jsonl", first_step, self.plan.num_steps) as log:
-                    self._announce(log, output, source, attached)
-                    saved = self._loop(output, log, source)
-                return self._finish(output, saved)
+            with (
+                ranks_of_process(self.model.device) as self.ranks,
+                seeded(config, self.model.device),
+                noisy_embeddings(network, config.neftune),
+            ):
+                output, source = claim_once(config, self.ranks)
+                self.state = state = self._new_state()
+                changed = [] if source is None else state.resume(source)
+                with self._new_log(output) as log, StopRequest() as stop:
+                    saver = Saver(output, log.notice, log.saved, newest=source)
+                    saver.require_room(state.checkpoint_bytes())
+                    if self.ranks.is_first:
+                        write_settings(config, output)
+                    log.start(config.plain())
+                    announce(log.notice, self, output, source, changed)
+                    with state.masters.collecting_gradients():
+                        self._loop(log, saver, stop)
+                return self._finish(output, source, saver)
         finally:
-            self.model.network.zero_grad(set_to_none=True)
-            self.model.network.train(was_training)
+            network.zero_grad(set_to_none=True)
+            network.train(was_training)
 
-    def _loop(self, output: Path, log: RunLog, saved: Path | None) -> Path | None:
-        config, progress, parameters = self.config, self.progress, self.parameters.values()
+    def dry_run(self) -> dict[str, str]:
+        """What `run` would do, in words; settings that could not take effect raise as they would
+        there. An adapter that the settings ask for is attached to the model.
+        """
+        self.ranks = Ranks(self.model.device)
+        with seeded(self.config, self.model.device):
+            self.state = self._new_state()
+            with noisy_embeddings(self.model.network, self.config.neftune):
+                return describe_plan(self)
+
+    def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
+        config, progress, masters = self.config, self.progress, self.state.masters
+        accumulator, optimizer = self._accumulator(log), self.state.optimizer
+        parameters = masters.by_name.values()
         self.model.network.train()
-        self.model.network.zero_grad(set_to_none=True)
-        for step in range(progress.step, self.plan.num_steps):
-            began = time.monotonic()
+        masters.drop_gradients()
+        while not self._is_finished():
+            began, step = time.monotonic(), progress.step
             lr = self._learning_rate(step)
-            batches = [self._batch(self.data, rows) for rows in self.plan.micro_batches(step)]
-            num_trained = sum(batch.num_trained for batch in batches)
-            parts = []
-            for batch in batches:
-                loss = self.model.loss(batch.tokens, batch.labels, num_trained=num_trained)
-                loss.backward()
-                parts.append(loss.detach())
+            added = accumulator.step(self.plan.rows(step))
+            self.ranks.add_gradients(parameters)
             norm = gradient_norm(parameters)
-            loss_value, norm_value = torch.stack(
-                (torch.stack(parts).sum(), norm.to(loss.dtype))
-            ).tolist()
+            loss_value, norm_value = torch.stack((added.loss, norm.to(added.loss.dtype))).tolist()
             is_good = math.isfinite(loss_value) and math.isfinite(norm_value)
             if is_good:
                 clip_gradients(parameters, norm, config.clip)
-                set_learning_rate(self.optimizer, lr)
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+                set_learning_rate(optimizer, lr)
+                optimizer.step()
+                masters.publish()
+            masters.drop_gradients()
 
             seconds = time.monotonic() - began
-            log.step(self._record(step, batches, loss_value, norm_value, lr, seconds, is_good))
+            record = self._record(step, added, loss_value, norm_value, lr, seconds, is_good)
+            self.ranks.first(log.step, record)
             if progress.bad_in_a_row >= config.max_bad_steps:
-                raise NonFiniteGradients(self._why_stopped(saved))
-            is_last = progress.step == self.plan.num_steps
-            if self.eval_data and (is_last or _is_due(progress.step, config.eval_steps)):
-                loss_value = progress.eval_losses[str(progress.step)] = self._evaluate()
-                log.evaluation(progress.step, loss_value)
-            if is_last or _is_due(progress.step, config.save_steps):
-                saved = self._save(output)
-        return saved
+                raise NonFiniteGradients(self._why_stopped(saver))
+            improved = self._is_eval_due() and self._evaluate(log, accumulator)
+            if accumulator.rows_per_pass < config.batch_size:
+                progress.rows_per_pass = accumulator.rows_per_pass
+            stopping = stop.agreed(self.ranks)
+            is_due = stopping or self._is_finished() or _is_due(progress.step, config.save_steps)
+            if improved or is_due:
+                self.state.save(saver)
+            if stopping:
+                said = f"stopped by {stopping.name} after step {progress.step}"
+                log.notice(f"{said}; {saver.last_words()}, continue with resume")
+                raise Interrupted(stopping, f"{said}; {saver.last_words()}")
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.state.progress
+
+    def _new_state(self) -> TrainState:
+        num_steps, data = self.plan.num_steps, self.data.fingerprint
+        return TrainState(self.model, self.config, num_steps, data, self.ranks)
+
+    def _new_log(self, output: Path) -> RunLog:
+        metrics = output / "metrics.jsonl" if self.ranks.is_first else None
+        log = RunLog(metrics, self.progress.step, self.plan.num_steps)
+        if not self.ranks.is_first:
+            return log
+        trackers = build_trackers(self.config.trackers, self.config.project, log.notice)
+        log.callbacks = [*self.callbacks, *trackers]
+        return log
+
+    def _is_finished(self) -> bool:
+        progress = self.progress
+        return progress.step >= self.plan.num_steps or has_stalled(
+            progress.held_out, self.config.patience
+        )
+
+    def _is_eval_due(self) -> bool:
+        is_last = self.progress.step == self.plan.num_steps
+        wanted = self.eval_data is not None or bool(self.config.sample_prompts)
+        return wanted and (is_last or _is_due(self.progress.step, self.config.eval_steps))
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -213,27 +204,60 @@ class Trainer:
             config.schedule, config.lr, step, self.plan.num_steps, config.warmup_steps
         )
 
-    def _batch(self, data: Dataset, rows: list[int]) -> Batch:
-        return collate([data.examples[row] for row in rows], self._pad_id)
+    def _accumulator(self, log: RunLog) -> Accumulator:
+        batch_size = self.config.batch_size
+        return Accumulator(
+            ranks=self.ranks,
+            batch_of=lambda rows: self._batch(self.data, rows),
+            loss_of=self._loss,
+            forget=self.state.masters.drop_gradients,
+            notice=log.notice,
+            rows_per_pass=min(self.progress.rows_per_pass or batch_size, batch_size),
+        )
 
-    @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Mean loss over the trained tokens of all held-out rows, dropout off."""
+    def _batch(self, data: Dataset, rows: list[int]) -> Batch:
+        return data.batch(rows, self._pad_id, padding_free=self.model.device.type == "cuda")
+
+    def _loss(self, batch: Batch, num_trained: int) -> Tensor:
+        return self.model.loss(batch.tokens, batch.labels, batch.positions, num_trained=num_trained)
+
+    def _evaluate(self, log: RunLog, accumulator: Accumulator) -> bool:
+        """Held-out loss and answers to the prompts, logged; whether the loss is a new lowest."""
+        progress, loss = self.progress, None
+        if self.eval_data is not None:
+            (total,) = self.ranks.agree(lambda: [self._eval_loss(accumulator)], 1)
+            loss = progress.eval_losses[str(progress.step)] = float(total)
+        improved = loss is not None and best_step(progress.held_out) == progress.step
+
+        def answer_and_tell() -> None:
+            prompts, num_tokens = self.config.sample_prompts, self.config.sample_tokens
+            samples = sample_answers(self.model.network, self.model.tokenizer, prompts, num_tokens)
+            log.evaluation(EvalRecord(progress.step, loss, samples, improved))
+
+        self.ranks.first(answer_and_tell)
+        return improved
+
+    def _eval_loss(self, accumulator: Accumulator) -> float:
+        """This rank's share of the mean loss over held-out rows."""
         assert self.eval_data is not None
-        rows, size = range(len(self.eval_data.examples)), self.config.batch_size
-        num_trained = self.eval_data.counts.trained_tokens
-        self.model.network.eval()
-        total = 0.0
-        for first in range(0, len(rows), size):
-            batch = self._batch(self.eval_data, list(rows[first : first + size]))
-            total += self.model.loss(batch.tokens, batch.labels, num_trained=num_trained).item()
-        self.model.network.train()
-        return total
+        data, num_trained = self.eval_data, self.eval_data.counts.trained_tokens
+        lengths, longest = data.row_lengths(), max(self.data.row_lengths())
+        while True:
+            rows = accumulator.rows_per_pass
+            try:
+                return summed_loss(
+                    self.ranks.share(eval_batches(lengths, rows, rows * longest)),
+                    lambda rows: self._loss(self._batch(data, rows), num_trained),
+                    self.model.network,
+                )
+            except torch.OutOfMemoryError as error:
+                why = str(error)
+            accumulator.shrink(why)
 
     def _record(
         self,
         step: int,
-        batches: list[Batch],
+        added: Accumulated,
         loss: float,
         norm: float,
         lr: float,
@@ -242,11 +266,9 @@ class Trainer:
     ) -> StepRecord:
         """Count a step into the progress."""
         progress = self.progress
-        tokens = sum(batch.num_tokens for batch in batches)
-        trained = sum(batch.num_trained for batch in batches)
         progress.step = step + 1
-        progress.tokens += tokens
-        progress.trained_tokens += trained
+        progress.tokens += added.num_tokens
+        progress.trained_tokens += added.num_trained
         progress.seconds += seconds
         progress.skipped += not is_good
         progress.bad_in_a_row = 0 if is_good else progress.bad_in_a_row + 1
@@ -257,100 +279,41 @@ class Trainer:
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            tokens=tokens,
-            trained_tokens=trained,
+            tokens=added.num_tokens,
+            trained_tokens=added.num_trained,
             seconds=seconds,
             memory_bytes=memory_bytes(self.model.device),
             skipped=not is_good,
             rows=None if is_good else self.plan.rows(step),
         )
 
-    def _why_stopped(self, saved: Path | None) -> str:
+    def _why_stopped(self, saver: Saver) -> str:
         progress = self.progress
-        kept = f"the last checkpoint, {saved}, is good" if saved else "no checkpoint was due yet"
         return (
             f"{progress.bad_in_a_row} steps in a row had a gradient or loss that is not finite, "
-            f"the last one step {progress.step}, rows {self.plan.rows(progress.step - 1)}; {kept}. "
-            "Weights were not updated in these steps. A lower lr, a warm-up, or a look at those "
-            "rows may help"
+            f"the last one step {progress.step}, rows {self.plan.rows(progress.step - 1)}; "
+            f"{saver.last_words()}. Weights were not updated in these steps. A lower lr, a "
+            "warm-up, or a look at those rows may help"
         )
 
-    # -- before and after ------------------------------------------------------------------------
+    def _publish(self, output: Path, paths: dict[str, Path]) -> None:
+        paths |= plot_losses(output, self.progress.losses, self.progress.held_out)
+        paths |= publish_weights(self.model, output)
 
-    def _attach_adapter(self) -> str | None:
-        """Attach what the settings ask for; an NF4 base is frozen, so it always needs one."""
-        model, wanted = self.model, self.config.lora
-        if model.has_adapter or (wanted is None and not model.is_quantized):
-            return None
-        model.add_lora(wanted or LoraConfig())
-        used = wanted or LoraConfig()
-        why = "" if wanted else " (an NF4 model trains through an adapter; these are the defaults)"
-        return f"attached LoRA r={used.r} alpha={used.alpha:g} targets={used.targets}{why}"
-
-    def _announce(
-        self, log: RunLog, output: Path, source: Path | None, attached: str | None
-    ) -> None:
-        if attached:
-            log.notice(attached)
-        log.notice(f"data: {self.data.counts.summary()}")
-        if self.eval_data:
-            log.notice(f"eval data: {self.eval_data.counts.summary()}")
-        log.notice("first row, trained parts in [+ +]:")
-        log.notice(describe_row(self.data.examples[0], self.model.tokenizer))
-        count = sum(parameter.numel() for parameter in self.parameters.values())
-        log.notice(
-            f"training {count:,} parameters for {self.plan.num_steps} steps; output in {output}"
-        )
-        if source is not None:
-            log.notice(f"resumed from {source} after step {self.progress.step}")
-
-    def _identity(self) -> Identity:
-        lora = self.model.lora_config
-        return Identity(
-            settings=self.config.plain(),
-            num_steps=self.plan.num_steps,
-            data=self.data.fingerprint,
-            base=base_fingerprint(self.model.network),
-            lora=lora.model_dump(mode="json") if lora else None,
-        )
-
-    def _save(self, output: Path) -> Path:
-        state = {
-            "progress": asdict(self.progress),
-            "identity": asdict(self._identity()),
-            "model": {"name": self.model.name, "revision": self.model.revision},
-            "torch": torch.__version__,
-        }
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "trainable": self.parameters,
-            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
-            "rng": checkpoint.rng_tensors(self.model.device),
-        }
-        return checkpoint.write_checkpoint(output, self.progress.step, tensors, state)
-
-    def _resume(self, source: Path) -> Progress:
-        state = checkpoint.read_state(source)
-        refuse_changes(Identity(**state["identity"]), self._identity(), source)
-        stored = checkpoint.read_tensors(source, "trainable")
-        checkpoint.copy_parameters(self.parameters, stored, source)
-        load_optimizer_tensors(
-            self.optimizer, self.parameters, checkpoint.read_tensors(source, "optimizer")
-        )
-        checkpoint.set_rng(checkpoint.read_tensors(source, "rng"), self.model.device)
-        return Progress(**state["progress"])
-
-    def _finish(self, output: Path, saved: Path | None) -> TrainReport:
-        progress = self.progress
-        eval_losses = {int(step): loss for step, loss in progress.eval_losses.items()}
+    def _finish(self, output: Path, source: Path | None, saver: Saver) -> TrainReport:
+        progress, best = self.progress, best_step(self.progress.held_out)
         paths = {
             "output": output,
             "config": output / "config.yaml",
             "metrics": output / "metrics.jsonl",
-            **plot_losses(output, progress.losses, eval_losses),
-            **publish_weights(self.model, output),
         }
-        if saved is not None:
-            paths["checkpoint"] = saved
+        if self.config.load_best:
+            paths["best"] = self.state.load_best([output, *([source.parent] if source else [])])
+        if saver.newest is not None:
+            paths["checkpoint"] = saver.newest
+
+        self.ranks.first(self._publish, output, paths)
+        self.ranks.first(saver.finish)
         return TrainReport(
             losses=progress.losses,
             tokens=progress.tokens,
@@ -358,7 +321,9 @@ class Trainer:
             paths=paths,
             trained_tokens=progress.trained_tokens,
             skipped=progress.skipped,
-            eval_losses=eval_losses,
+            eval_losses=progress.held_out,
+            best_step=best,
+            stopped_early=progress.step < self.plan.num_steps,
         )
 
 

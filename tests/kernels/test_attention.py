@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sloth.kernels.ops import attention as module
 from sloth.kernels.ops.attention import (
-    AttentionLayout,
     Backend,
     attention,
     attention_reference,
     choose_backend,
 )
+from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from tests import tolerance
 from tests.kernels.common import (
     assert_gradcheck,
@@ -41,11 +41,16 @@ def documents(num_tokens: int, device: str = "cpu") -> Tensor:
 def layouts(num_queries: int, num_keys: int, device: str = "cpu") -> dict[str, AttentionLayout]:
     keys = documents(num_keys, device)
     queries = keys[:, num_keys - num_queries :]
+    bounds = None
+    if num_queries == num_keys:
+        at = torch.arange(num_keys)
+        third, half = max(num_keys // 3, 1), max(num_keys // 2, 1)
+        bounds = document_bounds(torch.stack((at % third, at % half)), torch.device(device))
     return {
         "plain": AttentionLayout(),
         "window": AttentionLayout(window=max(num_keys // 4, 1)),
-        "documents": AttentionLayout(queries, keys),
-        "documents_and_window": AttentionLayout(queries, keys, window=3),
+        "documents": AttentionLayout(queries, keys, bounds=bounds),
+        "documents_and_window": AttentionLayout(queries, keys, window=3, bounds=bounds),
     }
 
 
@@ -69,6 +74,17 @@ def qkv(
     ]
 
 
+def test_document_bounds_of_positions() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
+    bounds = document_bounds(positions, torch.device("cpu"))
+    assert bounds is not None and bounds.longest == 6
+    assert bounds.cumulative.tolist() == [0, 3, 4, 6, 12]
+    assert bounds.first.tolist() == [[0, 0, 0, 3, 4, 4], [0] * 6]
+    assert bounds.last.tolist() == [[2, 2, 2, 3, 5, 5], [5] * 6]
+    # a row cut out of a longer document begins anywhere; one document a row is no packing
+    assert document_bounds(positions[1:] + 7, torch.device("cpu")) is None
+
+
 def op_and_reference(layout: AttentionLayout) -> tuple[partial[Tensor], partial[Tensor]]:
     return (
         partial(attention, scale=SCALE, layout=layout),
@@ -77,7 +93,7 @@ def op_and_reference(layout: AttentionLayout) -> tuple[partial[Tensor], partial[
 
 
 def force(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
-    monkeypatch.setattr(module, "choose_backend", lambda q, k, layout: backend)
+    monkeypatch.setattr(module, "choose_backend", lambda q, k, layout, softcap: backend)
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (2, 5)])
@@ -260,9 +276,10 @@ def test_gpu_backends_are_chosen_as_documented() -> None:
 
     assert chosen(torch.bfloat16, 128) == ("cudnn" if hopper else "flash")
     assert chosen(torch.float16, 256) == "flash"
-    assert chosen(torch.bfloat16, 128, "documents") == "efficient"
-    assert chosen(torch.bfloat16, 128, "window") == "efficient"
-    assert chosen(torch.bfloat16, 128, num_queries=1) == "efficient"
+    for name in ("documents", "window", "documents_and_window"):
+        assert chosen(torch.bfloat16, 128, name) == "flash"
+    assert chosen(torch.bfloat16, 128, num_queries=1) == "flash"
+    assert chosen(torch.bfloat16, 128, "documents", num_queries=1) == "efficient"
     assert chosen(torch.float32, 64) == "efficient"
     assert chosen(torch.float64, 64) == "math"
     assert chosen(torch.bfloat16, 20) == "math"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sloth.errors import KernelUnavailable
+from sloth.kernels import halves
 from sloth.kernels import llama as twin
 from sloth.kernels.context import POLICIES, BlockContext, Keep
 from sloth.kernels.dispatch import REFERENCE
@@ -214,7 +215,12 @@ def test_twin_keeps_documents_apart() -> None:
         assert torch.equal(old[1], new[1]) and not torch.equal(old[0, 3:6], new[0, 3:6])
 
 
-BACKWARD = ("glu_bwd", "rms_norm_bwd", "attention_bwd", "rope_bwd")
+BACKWARD = (
+    (halves, "glu_bwd"),
+    (twin, "rms_norm_bwd"),
+    (halves, "attention_bwd"),
+    (halves, "rope_bwd"),
+)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +242,8 @@ def test_backward_stops_where_nothing_earlier_wants_a_gradient(
     full = run_both_ways(twin.block, block, hidden, context)
     with ExitStack() as stack:
         spies = [
-            stack.enter_context(mock.patch.object(twin, name, wraps=getattr(twin, name)))
-            for name in BACKWARD
+            stack.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+            for module, name in BACKWARD
         ]
         partial = run_both_ways(twin.block, block, hidden, context, needs_dhidden=False)
     assert tuple(spy.call_count for spy in spies) == calls

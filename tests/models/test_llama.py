@@ -194,5 +194,7 @@ def test_auto_map_on_a_supported_type_is_ignored_with_a_notice():
 
 
 def test_architectures_name_their_own_model_type():
-    for model_type, (_, decoder) in ARCHITECTURES.items():
-        assert decoder.model_type == model_type
+    for model_type, (config_class, decoder) in ARCHITECTURES.items():
+        config = config_class.from_hf(config_with(model_type=model_type, hidden_act=None))
+        with torch.device("meta"):
+            assert decoder(config).model_type == model_type

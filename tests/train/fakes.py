@@ -49,6 +49,12 @@ class FakeTokenizer:
         assert not add_special_tokens
         return self.encode(text, False), [found.span() for found in self._split.finditer(text)]
 
+    def encode_batch(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [self.encode_with_offsets(text) for text in texts]
+
+    def fingerprint(self) -> str:
+        return "characters"
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         skipped = len(SPECIALS) if skip_special_tokens else 0
         return "".join(self._texts[index] for index in ids if index >= skipped)
@@ -118,15 +124,20 @@ class FakeNetwork(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.lm_head = nn.Linear(size, vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(tokens)
         seen = torch.ones(x.shape[1], x.shape[1], device=x.device, dtype=x.dtype).tril()
-        mean = (seen / seen.sum(1, keepdim=True)) @ x
+        if positions is not None:
+            document = (positions.to(x.device) == 0).cumsum(1)
+            seen = seen * (document[:, :, None] == document[:, None])
+        mean = (seen / seen.sum(-1, keepdim=True)) @ x
         return self.lm_head(self.norm(torch.tanh(self.q_proj(x + mean))))
 
 
 class FakeModel:
     """Keeps to what `sloth.Model` offers the trainer. calls: what was saved, in order."""
+
+    level, level_reason = "reference", "it is a fake"
 
     def __init__(self, seed: int = 0, is_quantized: bool = False, device: str = "cpu") -> None:
         with torch.random.fork_rng():
@@ -159,7 +170,9 @@ class FakeModel:
         num_trained: int | Tensor | None = None,
     ) -> Tensor:
         tokens, labels = tokens.to(self.device), labels.to(self.device)
-        logits, targets = self.network(tokens)[:, :-1], labels[:, 1:]
+        if positions is not None:
+            labels = labels.masked_fill(positions.to(self.device) == 0, -100)
+        logits, targets = self.network(tokens, positions)[:, :-1], labels[:, 1:]
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         )

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sloth import cli
 from sloth.errors import DataError
-from sloth.train.data import StepPlan, collate, describe_row, load_data, order
-from sloth.train.encode import UNTRAINED, Example
-from tests.train.fakes import ROWS, FakeTokenizer
+from sloth.train.config import load_config
+from sloth.train.data import StepPlan, _pieces, collate, describe_row, load_data, order
+from sloth.train.data_check import check_data
+from sloth.train.examples import UNTRAINED, Example
+from sloth.train.trainer import Trainer
+from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 
 
 def load(source, max_length=2048):
@@ -91,11 +95,102 @@ def test_any_bytes_are_rows_or_a_data_error(tmp_path_factory, raw):
         load(file)
 
 
-def test_missing_file_folder_and_single_row_are_refused(tmp_path):
-    for source in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(DataError, match="expected a file"):
-            load(source)
-    with pytest.raises(DataError, match="expected a JSONL path or rows"):
+# -- row 22: what is too long ----------------------------------------------------------------------
+
+LONG = [
+    {"prompt": "p" * 4, "completion": "c"},  # 7 tokens with <s> and </s>: fits
+    {"prompt": "p" * 4, "completion": "c" * 20},  # 26 tokens
+    {"prompt": "p" * 40, "completion": "c"},  # 43 tokens, the trained ones at the end
+]
+
+
+@pytest.mark.parametrize(
+    ("on_long", "expected", "said"),
+    [
+        ("truncate", {"examples": 2, "truncated": 2, "cut_tokens": 49}, "2 truncated (66.7%)"),
+        ("drop", {"examples": 1, "dropped_by_length": 2, "tokens": 7}, "2 dropped (66.7%)"),
+        ("split", {"examples": 5, "split": 2, "pieces": 4}, "2 split into 4"),
+    ],
+)
+def test_row_22_every_policy_for_long_examples_counts_exactly(on_long, expected, said):
+    data = load_data(LONG, FakeTokenizer(), 10, on_long=on_long)
+    found = {name: getattr(data.counts, name) for name in expected}
+    assert found == expected and said in data.summary()
+    assert max(len(example.tokens) for example in data.examples) <= 10
+    assert data.counts.tokens == sum(len(example.tokens) for example in data.examples)
+
+
+def test_row_22_error_names_the_row_its_length_and_the_choices():
+    with pytest.raises(
+        DataError, match=r"data\[1\] has 26 tokens.*max_length=10.*'split' or 'drop'"
+    ):
+        load_data(LONG, FakeTokenizer(), 10, on_long="error")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.booleans(), min_size=2, max_size=60), st.integers(2, 20))
+def test_row_22_splitting_keeps_every_target_exactly_once(trained, max_length):
+    example = Example(
+        list(range(len(trained))), [i if t else UNTRAINED for i, t in enumerate(trained)]
+    )
+    pieces = list(_pieces(example, max_length))
+    targets = [label for piece in pieces for label in piece.labels[1:] if label != UNTRAINED]
+    assert targets == [label for label in example.labels[1:] if label != UNTRAINED]
+    assert all(len(piece.tokens) <= max_length for piece in pieces)
+
+
+def test_row_22_all_dropped_for_length_is_refused_with_that_cause():
+    with pytest.raises(DataError, match=r"length: 2 were dropped.*max_length=10.*longest has 43"):
+        load_data(LONG[1:], FakeTokenizer(), 10, on_long="drop")
+
+
+# -- row 28: one code path -------------------------------------------------------------------------
+
+
+def test_row_28_python_yaml_and_flags_train_on_the_same_tokens(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"q": "ask" * n, "a": "yes" * n}) + "\n" for n in range(1, 9))
+    )
+    columns, seen = {"prompt": "q", "completion": "a"}, []
+
+    class Stop(Exception):
+        pass
+
+    def run(trainer):
+        seen.append((trainer.data.fingerprint, trainer.data.packing, trainer.plan))
+        raise Stop
+
+    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr(cli.Loading, "load", lambda *rest: TrainModel())
+    given = {"columns": columns, "max_length": 24, "on_long": "split", "packing": True}
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(json.dumps(given))
+    flags = ["--max-length", "24", "--on-long", "split", "--packing"]
+    flags += ["--columns", "prompt", "q", "completion", "a"]
+    for start in (
+        lambda: Trainer(FakeModel(), str(file), **given).run(),
+        lambda: cli.main(["train", "m", str(file), "--config", str(yaml)]),
+        lambda: cli.main(["train", "m", str(file), *flags]),
+    ):
+        with pytest.raises(Stop):
+            start()
+    assert seen[0] == seen[1] == seen[2]
+    config = load_config(yaml)
+    assert check_data(str(file), FakeTokenizer(), config).data.fingerprint == seen[0][0]
+
+
+class TrainModel(FakeModel):
+    def train(self, data, config):
+        return Trainer(self, data, config).run()
+
+
+def test_missing_file_empty_folder_and_single_row_are_refused(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"no train file; expected one of train\.jsonl"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="one row goes into a list"):
         load({"text": "a"})
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sloth.errors import DataError, TokenizerMissing
-from sloth.train.encode import UNTRAINED, encode_row
+from sloth.train.encode import encode_row
+from sloth.train.examples import UNTRAINED
 from tests.train.fakes import FakeTokenizer, reasoning
 
 

@@ -10,8 +10,9 @@ import xml.etree.ElementTree as ElementTree
 
 from rich.console import Console
 
-from sloth.train.log import RunLog, StepRecord
+from sloth.train.log import RunLog
 from sloth.train.plot import plot_losses
+from sloth.train.records import EvalRecord, StepRecord
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,14 +38,14 @@ def logged(tmp_path, records, num_steps, first_step=0, **console):
     with RunLog(tmp_path / "metrics.jsonl", first_step, num_steps, shown) as log:
         for one in records:
             log.step(one)
-        log.evaluation(num_steps, 0.75)
+        log.evaluation(EvalRecord(num_steps, 0.75))
     return out.getvalue()
 
 
 def test_plain_line_shows_every_number(tmp_path):
     out = logged(tmp_path, [record(1)], 3)
     line = "step 1/3  loss 1.2500  lr 2.00e-04  grad 0.500  200 tok/s  1.00 GiB  ETA 0:00"
-    assert out.splitlines() == [line, "step 3/3  eval loss 0.7500"]
+    assert out.splitlines() == [line, "step 3/3  eval loss 0.7500  perplexity 2.117"]
 
 
 def test_terminal_gets_a_live_line(tmp_path):
@@ -71,7 +72,7 @@ def test_metrics_are_strict_json_and_a_resume_drops_later_lines(tmp_path):
     rows = [json.loads(line, parse_constant=strict) for line in lines]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
     assert [row.get("loss") for row in rows] == [1.25, None, 9.0, 1.25, None]
-    assert rows[1]["rows"] == [4] and rows[-1] == {"event": "eval", "step": 4, "eval_loss": 0.75}
+    assert rows[1]["rows"] == [4] and rows[-1]["eval_loss"] == 0.75
 
 
 def test_picture_has_both_curves_and_a_gap_where_a_loss_is_not_finite(tmp_path):

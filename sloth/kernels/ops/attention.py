@@ -10,6 +10,8 @@ Forward:   P = softmax(s Q K^T);   O = P V;   L = log-sum-exp of each row
 Backward:  dV = P^T dO;   dP = dO V^T;   dS = P * (dP - rowsum(dO * O))
            dQ = s dS K;   dK = s dS^T Q
 The row sum stands for P's own derivative: rowsum(dP * P) = rowsum(dO * O).
+With softcap c (Gemma 2) the softmax sees C = c tanh(s Q K^T / c), so that dS gains the factor
+dC / d(s Q K^T) = 1 - (C / c)^2.
 
 Saved: q, k, v, O and what the back end needs to rebuild P (L, 4 bytes a row). The back end is
 chosen by one function, never by trying: `math` below is the derivation itself and serves fp64 and
@@ -21,7 +23,6 @@ Source: Dao et al. 2022 (FlashAttention), https://arxiv.org/abs/2205.14135, sect
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,97 +30,30 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sloth.kernels.ops.attention_layout import AttentionLayout
+
 Backend = Literal["math", "cpu_flash", "cudnn", "flash", "efficient"]
 Saved = tuple[Tensor | None, ...]
 
 _aten = torch.ops.aten
-# Alignment of an attention bias's rows for the memory-efficient kernel, in elements.
-_BIAS_ALIGNMENT = 16
 _HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class AttentionLayout:
-    """Who sees whom beyond causal order.
-
-    query_documents [B, T], key_documents [B, S]: document index of each token, both None for one
-    document a row. window: keys a query sees, itself included; None for all.
-    """
-
-    query_documents: Tensor | None = None
-    key_documents: Tensor | None = None
-    window: int | None = None
-    _masks: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if (self.query_documents is None) != (self.key_documents is None):
-            raise ValueError(
-                "AttentionLayout: give the documents of queries and of keys, or neither"
-            )
-        if self.window is not None and self.window < 1:
-            raise ValueError(
-                f"AttentionLayout: window {self.window} would hide a token from itself"
-            )
-
-    def is_plain(self, num_queries: int, num_keys: int) -> bool:
-        """Whether top-left causal order (T == S), or no mask at all (T == 1), says it all."""
-        one_document = self.query_documents is None
-        window_is_wide = self.window is None or self.window >= num_keys
-        return one_document and window_is_wide and num_queries in (1, num_keys)
-
-    def dense_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-        """bool [B or 1, 1, T, S], True where seen; None where `is_plain`.
-
-        Made once per layout and shared by its layers.
-        """
-        key = (num_queries, num_keys)
-        if key not in self._masks:
-            plain = self.is_plain(*key)
-            self._masks[key] = None if plain else self._build_mask(num_queries, num_keys, device)
-        return self._masks[key]
-
-    def bias(self, q_BHTE: Tensor, k_BKSE: Tensor) -> Tensor | None:
-        """`dense_mask` as an additive bias, 0 or -inf, [B, H, T, S] in q's dtype; cached like it.
-
-        Rows lie a multiple of 16 elements apart, which the memory-efficient CUDA kernel asks for.
-        """
-        (batch, heads, num_queries, _), num_keys = q_BHTE.shape, k_BKSE.shape[2]
-        key = (num_queries, num_keys, q_BHTE.dtype)
-        if key not in self._masks:
-            mask = self.dense_mask(num_queries, num_keys, q_BHTE.device)
-            self._masks[key] = None if mask is None else _additive(mask, q_BHTE.dtype)
-        bias = self._masks[key]
-        return None if bias is None else bias.expand(batch, heads, -1, -1)
-
-    def _build_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        keys = torch.arange(num_keys, device=device)[None]
-        seen = keys <= queries
-        if self.window is not None:
-            seen = seen & (queries - keys < self.window)
-        seen = seen[None, None]
-        if self.query_documents is not None and self.key_documents is not None:
-            same = self.query_documents[:, :, None] == self.key_documents[:, None, :]
-            seen = seen & same[:, None]
-        return seen
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    num_keys = mask.shape[-1]
-    padded = -(-num_keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
-    bias = torch.full((*mask.shape[:-1], padded), -torch.inf, dtype=dtype, device=mask.device)
-    bias[..., :num_keys].masked_fill_(mask, 0.0)
-    return bias[..., :num_keys]
-
-
 def attention_reference(
-    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, scale: float, layout: AttentionLayout
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    scale: float,
+    layout: AttentionLayout,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Eager attention in Hugging Face's order: scores, additive mask, fp32 softmax, cast, V."""
+    """Eager attention in Hugging Face's order: scores, cap, mask, fp32 softmax, cast, V."""
     groups = q_BHTE.shape[1] // k_BKSE.shape[1]
     k_BHSE = repeat(k_BKSE, "b k s e -> b (k g) s e", g=groups)
     v_BHSE = repeat(v_BKSE, "b k s e -> b (k g) s e", g=groups)
     scores = torch.matmul(q_BHTE, k_BHSE.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     seen = _seen(layout, q_BHTE, k_BKSE)
     if seen is not None:
         nothing = torch.zeros(seen.shape, dtype=scores.dtype, device=scores.device)
@@ -140,42 +74,58 @@ def _seen(layout: AttentionLayout, q: Tensor, k: Tensor) -> Tensor | None:
     return mask
 
 
-def choose_backend(q: Tensor, k: Tensor, layout: AttentionLayout) -> Backend:
+def choose_backend(
+    q: Tensor, k: Tensor, layout: AttentionLayout, softcap: float | None = None
+) -> Backend:
     """The back end for these tensors: q [B, H, T, E], k [B, K, S, E].
 
-    cuDNN is the fastest on Hopper for 16-bit plain causal attention (529 against FlashAttention-2's
-    289 TFLOP/s forward at 4x2048, 32/8 heads of 128, H100), but its backward is not deterministic.
-    Masks and fp32 go to the memory-efficient kernel; fp64 and what no kernel takes to the formula.
+    16 bits on a GPU, by what is to be seen (TFLOP/s forward / backward on an H100, 32/8 heads of
+    128, 4x2048; one H200 agrees within 5%):
+
+        causal, E <= 128, Hopper or newer   cudnn   529 / 332; its backward is not deterministic
+        causal otherwise                    flash   289 / 189
+        packed documents, windows, decoding flash   varlen: each document alone, no mask is made
+
+    On a GPU, fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not
+    all. A softcap, fp64 and what no kernel takes go to the formula.
     """
     num_queries, head_dim = q.shape[2:]
-    if q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
+    if softcap is not None or q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
         return "math"
     if not q.is_cuda:
         return "cpu_flash"
-    if q.dtype in _HALF and num_queries > 1 and layout.is_plain(num_queries, k.shape[2]):
+    if q.dtype not in _HALF or head_dim > 256:
+        return "efficient"
+    if num_queries > 1 and layout.is_plain(num_queries, k.shape[2]):
         hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
         if hopper and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled():
             return "cudnn"
-        if head_dim <= 256:
-            return "flash"
-    return "efficient"
+        return "flash"
+    known = layout.query_documents is None or (layout.bounds and num_queries == k.shape[2])
+    return "flash" if known else "efficient"
 
 
-def _math_weights(q_BHTE: Tensor, k_BKSE: Tensor, scale: float, layout: AttentionLayout) -> Tensor:
-    """P as [B, K, G, T, S] in fp32 or wider: G query heads share one kv head."""
+def _math_weights(
+    q_BHTE: Tensor, k_BKSE: Tensor, scale: float, layout: AttentionLayout, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """P [B, K, G, T, S] in fp32 or wider, G query heads sharing a kv head; and the cap's slope."""
     wide = torch.promote_types(q_BHTE.dtype, torch.float32)
     q = rearrange(q_BHTE.to(wide), "b (k g) t e -> b k g t e", k=k_BKSE.shape[1])
     scores = torch.einsum("bkgte,bkse->bkgts", q, k_BKSE.to(wide)) * scale
+    slope = None
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent.square()
     seen = _seen(layout, q_BHTE, k_BKSE)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1), slope
 
 
 def _math_fwd(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: AttentionLayout
+    q: Tensor, k: Tensor, v: Tensor, scale: float, layout: AttentionLayout, softcap: float | None
 ) -> tuple[Tensor, Saved]:
-    weights = _math_weights(q, k, scale, layout)
+    weights, _ = _math_weights(q, k, scale, layout, softcap)
     out = torch.einsum("bkgts,bkse->bkgte", weights, v.to(weights.dtype))
     return rearrange(out, "b k g t e -> b (k g) t e").to(q.dtype), ()
 
@@ -188,8 +138,9 @@ def _math_bwd(
     out: Tensor,
     scale: float,
     layout: AttentionLayout,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights = _math_weights(q, k, scale, layout)
+    weights, slope = _math_weights(q, k, scale, layout, softcap)
     wide, kv_heads = weights.dtype, k.shape[1]
 
     def grouped(x: Tensor) -> Tensor:
@@ -199,6 +150,8 @@ def _math_bwd(
     dv = torch.einsum("bkgts,bkgte->bkse", weights, do)
     dweights = torch.einsum("bkgte,bkse->bkgts", do, v.to(wide))
     dscores = weights * (dweights - (do * o).sum(-1, keepdim=True)) * scale
+    if slope is not None:
+        dscores = dscores * slope
     dq = torch.einsum("bkgts,bkse->bkgte", dscores, k.to(wide))
     dk = torch.einsum("bkgts,bkgte->bkse", dscores, q_wide)
     dq = rearrange(dq, "b k g t e -> b (k g) t e")
@@ -237,30 +190,88 @@ def _is_causal(q: Tensor, k: Tensor, layout: AttentionLayout) -> bool:
     return q.shape[2] > 1 and layout.is_plain(q.shape[2], k.shape[2])
 
 
-def attention_fwd(
+def _flash_arguments(
+    q: Tensor, k: Tensor, layout: AttentionLayout
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(cumulative lengths and longest of queries and keys, window) as the kernel takes them."""
+    window = {}
+    if layout.window is not None:
+        window = {"window_size_left": layout.window - 1, "window_size_right": 0}
+    bounds = layout.bounds
+    if bounds is None:
+        return (None, None, q.shape[2], k.shape[2]), window
+    return (bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest), window
+
+
+def _tokens_first(x_BHTE: Tensor, layout: AttentionLayout) -> Tensor:
+    """[B, T, H, E]; with documents [B T, H, E], since each is a row of its own."""
+    x_BTHE = x_BHTE.transpose(1, 2)
+    return x_BTHE if layout.bounds is None else x_BTHE.flatten(0, 1)
+
+
+def _heads_first(x: Tensor, batch: int) -> Tensor:
+    """Back to [B, H, T, E]."""
+    return (x if x.dim() == 4 else x.unflatten(0, (batch, -1))).transpose(1, 2)
+
+
+def _flash_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, layout: AttentionLayout
 ) -> tuple[Tensor, Saved]:
+    """FlashAttention-2, kv heads shared as they are; causal order counts from the last key."""
+    lengths, window = _flash_arguments(q, k, layout)
+    tensors = (_tokens_first(x, layout) for x in (q, k, v))
+    out, lse, seed, offset, _ = _aten._flash_attention_forward(
+        *tensors, *lengths, 0.0, True, False, scale=scale, **window
+    )
+    return _heads_first(out, len(q)), (lse, seed, offset)
+
+
+def _flash_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    saved: Saved,
+    scale: float,
+    layout: AttentionLayout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lengths, window = _flash_arguments(q, k, layout)
+    lse, seed, offset = saved
+    tensors = (_tokens_first(x, layout) for x in (dout, q, k, v, out))
+    grads = _aten._flash_attention_backward(
+        *tensors, lse, *lengths, 0.0, True, seed, offset, scale=scale, **window
+    )
+    dq, dk, dv = (_heads_first(grad, len(q)) for grad in grads)
+    return dq, dk, dv
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    layout: AttentionLayout,
+    softcap: float | None = None,
+) -> tuple[Tensor, Saved]:
     """(out [B, H, T, E], what `attention_bwd` needs beside q, k, v and out)."""
-    backend, causal = choose_backend(q, k, layout), _is_causal(q, k, layout)
+    backend, causal = choose_backend(q, k, layout, softcap), _is_causal(q, k, layout)
     if backend == "math":
-        return _math_fwd(q, k, v, scale, layout)
+        return _math_fwd(q, k, v, scale, layout, softcap)
     q, k, v = _dense(q), _dense(k), _dense(v)
     if backend == "cudnn":
         out, lse, cum_q, cum_k, _, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return out, (lse, cum_q, cum_k, seed, offset)
+    if backend == "flash":
+        return _flash_fwd(q, k, v, scale, layout)
     k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])
     if backend == "cpu_flash":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=layout.bias(q, k), scale=scale
         )
         return out, (lse,)
-    if backend == "flash":
-        out, lse, cum_q, cum_k, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )
-        return out, (lse, cum_q, cum_k, seed, offset)
     out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
         q, k, v, layout.bias(q, k), True, 0.0, causal, scale=scale
     )
@@ -276,11 +287,12 @@ def attention_bwd(
     saved: Saved,
     scale: float,
     layout: AttentionLayout,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the shapes of q, k, v."""
-    backend, causal = choose_backend(q, k, layout), _is_causal(q, k, layout)
+    backend, causal = choose_backend(q, k, layout, softcap), _is_causal(q, k, layout)
     if backend == "math":
-        return _math_bwd(dout, q, k, v, out, scale, layout)
+        return _math_bwd(dout, q, k, v, out, scale, layout, softcap)
     kv_heads, max_q, max_k = k.shape[1], q.shape[2], k.shape[2]
     dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     if backend == "cudnn":
@@ -291,16 +303,12 @@ def attention_bwd(
             *(cum_q, cum_k, max_q, max_k, 0.0, causal),
             scale=scale,
         )
+    if backend == "flash":
+        return _flash_bwd(dout, q, k, v, out, saved, scale, layout)
     k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])
     if backend == "cpu_flash":
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, saved[0], 0.0, causal, attn_mask=layout.bias(q, k), scale=scale
-        )
-    elif backend == "flash":
-        lse, cum_q, cum_k, seed, offset = saved
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            *(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset),
-            scale=scale,
         )
     else:
         lse, seed, offset = saved
@@ -317,28 +325,40 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, layout: AttentionLayout
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layout: AttentionLayout,
+        softcap: float | None,
     ) -> Tensor:
-        out, saved = attention_fwd(q, k, v, scale, layout)
+        out, saved = attention_fwd(q, k, v, scale, layout, softcap)
         ctx.save_for_backward(q, k, v, out, *saved)
-        ctx.scale, ctx.layout = scale, layout
+        ctx.how = scale, layout, softcap
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *saved = ctx.saved_tensors
-        grads = attention_bwd(dout, q, k, v, out, tuple(saved), ctx.scale, ctx.layout)
-        return *grads, None, None
+        grads = attention_bwd(dout, q, k, v, out, tuple(saved), *ctx.how)
+        return *grads, None, None, None
 
 
 def attention(
-    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, scale: float, layout: AttentionLayout
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    scale: float,
+    layout: AttentionLayout,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention with a backward of its own.
 
     q [B, H, T, E], k and v [B, K, S, E] of one dtype, any strides (views of [B, T, H, E] as a rule)
-    -> [B, H, T, E]. Differentiable in q, k, v. Raises ValueError for shapes that do not fit.
+    -> [B, H, T, E]. softcap: c, for scores bent to c tanh(scores / c). Differentiable in q, k, v.
+    Raises ValueError for shapes that do not fit.
     """
     (batch, heads, num_queries, head_dim), keys = q_BHTE.shape, k_BKSE.shape
     fits = keys[0] == batch and keys[3] == head_dim and keys == v_BKSE.shape
@@ -347,4 +367,4 @@ def attention(
             f"attention: q {tuple(q_BHTE.shape)}, k {tuple(keys)} and v {tuple(v_BKSE.shape)} "
             "do not fit: expected q [B,H,T,E], k and v [B,K,S,E] with H a multiple of K and S >= T"
         )
-    return AttentionFunction.apply(q_BHTE, k_BKSE, v_BKSE, scale, layout)
+    return AttentionFunction.apply(q_BHTE, k_BKSE, v_BKSE, scale, layout, softcap)

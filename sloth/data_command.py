@@ -1,0 +1,119 @@
+"""`sloth data check FILE --model M`: data as training would read them, and what it would refuse.
+
+Of the model only tokenizer and config are read. Exit code 2 where training would refuse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+
+from sloth.errors import SlothError
+from sloth.formats.gguf import GGUFFile
+from sloth.formats.hub import resolve
+from sloth.linear import Linear
+from sloth.models import ARCHITECTURES
+from sloth.text.tokenizer import Tokenizer
+from sloth.train.config import OnLong, TrainConfig, TrainOn, load_config
+from sloth.train.data import describe_row, say
+from sloth.train.data_check import check_data, epoch_seconds, histogram
+
+
+@dataclass(frozen=True)
+class Check:
+    """Show format, lengths, masks and counts of DATA as training would read them."""
+
+    data: tyro.conf.Positional[str]
+    """JSONL, JSON, CSV, TXT or Parquet file, or a folder with train and valid files."""
+    model: str
+    """Alias, hub repository id, folder, or .gguf file; its tokenizer and template are used."""
+    config: Path | None = None
+    """YAML file of settings, as for `sloth train`; flags win over it."""
+    max_length: int | None = None
+    """Tokens of an example at most."""
+    on_long: OnLong | None = None
+    """What becomes of longer ones."""
+    train_on: TrainOn | None = None
+    """What is trained."""
+    packing: bool = False
+    """Put several examples into a row."""
+    columns: dict[str, str] | None = None
+    """Which column holds which field, as in --columns prompt question completion answer."""
+    batch_size: int | None = None
+    """Rows of one forward pass."""
+    grad_accum: int | None = None
+    """Forward passes of one step."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    def settings(self) -> TrainConfig:
+        """The run's settings."""
+        names = ("max_length", "on_long", "train_on", "columns", "batch_size", "grad_accum")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return load_config(self.config, {**given, **({"packing": True} if self.packing else {})})
+
+
+def data(arguments: Sequence[str]) -> int:
+    """Check data before training on them."""
+    if not arguments or arguments[0] not in ("check", "-h", "--help"):
+        found = repr(arguments[0]) if arguments else "nothing"
+        raise ValueError(f"`sloth data` has one command, check; got {found}")
+    rest = list(arguments[1:]) if arguments[0] == "check" else list(arguments)
+    parsed = tyro.cli(
+        Check, prog="sloth data check", args=rest, config=(tyro.conf.AvoidSubcommands,)
+    )
+    config = parsed.settings()
+    tokenizer, num_parameters = _read_model(parsed.model, parsed.revision)
+    check = check_data(parsed.data, tokenizer, config, notice=say)
+    seconds = None
+    if num_parameters is not None:
+        seconds = epoch_seconds(check.data.counts.tokens, num_parameters)
+    console = Console(highlight=False, soft_wrap=True)
+    lines = check.lines(config.max_length, seconds)
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        console.print(f"{name:<{width}}  {value}", markup=False)
+    console.print("\nlengths, in tokens:")
+    for line in histogram(check.data.examples):
+        console.print(f"  {line}", markup=False)
+    console.print("\nfirst row, trained parts in [+ +]:", markup=False)
+    console.print(describe_row(check.data.examples[0], tokenizer))
+    for warning in check.data.counts.warnings():
+        console.print(f"\nWARNING: {warning}", markup=False)
+    return 0
+
+
+def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None]:
+    """Its tokenizer, and how many parameters it has (None for an architecture not known)."""
+    path = resolve(name, revision, weights=False).path
+    if path.is_file():
+        file = GGUFFile(path)
+        return Tokenizer.from_files(file.tokenizer_files()), _num_parameters(file.config)
+    tokenizer = Tokenizer.from_folder(path)
+    found = path / "config.json"
+    if not found.is_file():
+        return tokenizer, None
+    return tokenizer, _num_parameters(json.loads(found.read_text(encoding="utf-8")))
+
+
+def _num_parameters(hf_config: dict[str, object]) -> int | None:
+    kind = ARCHITECTURES.get(str(hf_config.get("model_type")))
+    if kind is None:
+        return None
+    try:
+        config = kind[0].from_hf(hf_config)
+    except SlothError:
+        return None
+
+    def projection(_: str, in_features: int, out_features: int, bias: bool) -> Linear:
+        return Linear(in_features, out_features, bias)
+
+    with torch.device("meta"):
+        network = kind[1](config, projection)
+    return sum(parameter.numel() for parameter in network.parameters())

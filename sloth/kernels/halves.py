@@ -1,0 +1,205 @@
+"""The two halves of a fused layer, attention and MLP, forward and backward, without their norms.
+
+A family's twin (`llama.py`, `gemma2.py`, ...) says in which order norms, halves and residual sums
+come; what happens between a norm and the next sum is the same for all and stands here once. Each
+function reads its input from a buffer with room for the LoRA tail (`stacked.py`) and leaves what
+the backward needs in `saved`. A backward that kept less calls the forward's pieces again.
+
+Families differ by what `layer.wiring` says: the activation, norms on q and k, a softcap; and by
+what the context holds: no rotary tables, a factor on the queries, a window.
+Shapes: B batch, T tokens, N = B T rows, n of them at a time, D model, H query heads, K kv heads, E
+head dim, F ffn, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sloth.kernels.context import BlockContext, Keep
+from sloth.kernels.layer import FusedLayer, Norm
+from sloth.kernels.ops.attention import attention_bwd, attention_fwd
+from sloth.kernels.ops.glu import glu_bwd, glu_fwd
+from sloth.kernels.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
+from sloth.kernels.ops.rms_norm import rms_norm_fwd
+from sloth.kernels.ops.rope import rope_bwd, rope_fwd
+from sloth.kernels.saved import Gradients, Saved
+from sloth.kernels.stacked import Stack
+
+# -- norms, into room for a tail ------------------------------------------------------------------
+
+
+def normed_input(stack: Stack, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x) [n, D + R] with its tail still to be filled, and its rstd."""
+    wide = stack.new_input(len(x))
+    _, rstd = rms_norm_fwd(x, norm.weight, norm.eps, norm.offset, out=wide[:, : stack.K])
+    return wide, rstd
+
+
+def tiles(num_rows: int, size: int | None) -> Iterator[slice]:
+    """The rows in parts of at most `size`."""
+    size = size or max(num_rows, 1)
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+def project_qkv(
+    layer: FusedLayer, n1: Tensor, shape: torch.Size, context: BlockContext, saved: Saved
+) -> Tensor:
+    """n1 [N, D + R] -> q, k, v [N, (H + 2 K) E]: rotated, or raw where q and k have norms."""
+    qkv, saved.lows["qkv"] = layer.qkv.forward(n1, saved.masks_of("qkv"))
+    if layer.qk_norms is None:
+        q_BTHE, k_BTKE, _ = _split(layer, qkv, shape)
+        if context.cos is not None and context.sin is not None:
+            rope_fwd(q_BTHE, k_BTKE, context.cos, context.sin, outs=(q_BTHE, k_BTKE))
+        _scale_queries(q_BTHE, context)
+    return qkv
+
+
+def attend(layer: FusedLayer, qkv: Tensor, shape: torch.Size, context: BlockContext) -> Any:
+    """(o [B, H, T, E], what its backward needs)."""
+    q, k, v = _heads(layer, qkv, shape, context)
+    return attention_fwd(q, k, v, layer.scale, context.layout, layer.softcap)
+
+
+def attend_backward(
+    layer: FusedLayer,
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    shape: torch.Size,
+    context: BlockContext,
+    saved: Saved,
+) -> Tensor:
+    """do [N, H E] -> gradient of the projections [N, (H + 2 K) E + R], spread."""
+    q, k, v = _heads(layer, qkv, shape, context)
+    do_BHTE = do.view(*shape[:-1], -1, layer.head_dim).transpose(1, 2)
+    grads = attention_bwd(
+        do_BHTE, q, k, v, o, saved.stats, layer.scale, context.layout, layer.softcap
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    del q, k, v, grads
+    dqkv = layer.qkv.new_output_gradient(len(do))
+    q_out, k_out, v_out = _split(layer, dqkv, shape)
+    v_out.copy_(dv)
+    if context.query_scale is not None:
+        dq = dq * context.query_scale
+    if layer.qk_norms is not None:
+        q_raw, k_raw, _ = _split(layer, qkv, shape)
+        qk_norm_rope_bwd(dq, dk, q_raw, k_raw, layer.qk_norms, *_tables(context), (q_out, k_out))
+    elif context.cos is not None and context.sin is not None:
+        rope_bwd(dq, dk, context.cos, context.sin, outs=(q_out, k_out))
+    else:
+        q_out.copy_(dq), k_out.copy_(dk)
+    return layer.qkv.spread(dqkv)
+
+
+def project_o(layer: FusedLayer, o_BHTE: Tensor, saved: Saved) -> Tensor:
+    """P_o(o) [N, D]."""
+    o_ND = merged(o_BHTE)
+    wide = layer.o.new_input(len(o_ND))
+    wide[:, : layer.o.K] = o_ND
+    delta, saved.lows["o"] = layer.o.forward(wide, saved.masks_of("o"))
+    return delta
+
+
+def merged(x_BHTE: Tensor) -> Tensor:
+    """[B, H, T, E] -> [N, H E]."""
+    return x_BHTE.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _split(layer: FusedLayer, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [B, T, heads, E] of q, k and v in a stacked buffer [N, ..]."""
+    parts = (qkv[:, slot.rows] for slot in layer.qkv.slots)
+    q, k, v = (x.unflatten(0, shape[:-1]).unflatten(-1, (-1, layer.head_dim)) for x in parts)
+    return q, k, v
+
+
+def _heads(
+    layer: FusedLayer, qkv: Tensor, shape: torch.Size, context: BlockContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, heads, T, E] as attention reads them."""
+    q, k, v = _split(layer, qkv, shape)
+    if layer.qk_norms is not None:
+        q, k = qk_norm_rope_fwd(q, k, layer.qk_norms, *_tables(context))
+        _scale_queries(q, context)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _tables(context: BlockContext) -> tuple[Tensor, Tensor]:
+    assert context.cos is not None and context.sin is not None, "norms on q and k come with RoPE"
+    return context.cos, context.sin
+
+
+def _scale_queries(q_BTHE: Tensor, context: BlockContext) -> None:
+    if context.query_scale is not None:
+        q_BTHE.mul_(context.query_scale)
+
+
+# -- MLP ------------------------------------------------------------------------------------------
+
+
+def mlp(
+    layer: FusedLayer,
+    n2: Tensor,
+    keep: Keep,
+    saved: Saved,
+    rows: slice,
+    add: Tensor | None = None,
+) -> Tensor:
+    """P_down(act(g) * u) + add of some rows; n2 [n, D + R]."""
+    gate_up, low = layer.gate_up.forward(n2, saved.masks_of("gate_up", rows))
+    saved.put_low("gate_up", low, rows)
+    ffn = layer.down.K
+    gate, up = gate_up[:, :ffn], gate_up[:, ffn:]
+    product = layer.down.new_input(len(n2))
+    glu_fwd(gate, up, layer.wiring.activation, out=product[:, :ffn])
+    y, low = layer.down.forward(product, saved.masks_of("down", rows), add=add)
+    saved.put_low("down", low, rows)
+    if keep.up:
+        saved.gate, saved.up = gate, up
+    elif keep.gate:
+        saved.gate = gate.clone()  # a view would keep the other half
+    return y
+
+
+def mlp_backward(
+    layer: FusedLayer,
+    dy: Tensor,
+    n2: Tensor,
+    saved: Saved,
+    rows: slice,
+    grads: Gradients,
+    need_dn2: bool,
+) -> Tensor | None:
+    """Gradients of the MLP's LoRA and of n2, for some rows; dy [n, D + R] spread."""
+    ffn, activation = layer.down.K, layer.wiring.activation
+    d_gate_up = layer.gate_up.new_output_gradient(len(dy))
+    dgate, dup = d_gate_up[:, :ffn], d_gate_up[:, ffn : 2 * ffn]
+    gate, up = saved.gate, saved.up
+    if up is None:
+        # Into the places of their gradients, which take over element by element.
+        masks = saved.masks_of("gate_up", rows)
+        if gate is None:
+            layer.gate_up.forward(n2, masks, out=d_gate_up[:, : 2 * ffn])
+            gate = dgate
+        else:
+            layer.gate_up.forward(n2, masks, out=dup, member=1)
+        up = dup
+    if not (need_dn2 or grads.wants("gate_up")):
+        grads.add("down", dy, glu_fwd(gate, up, activation), saved, rows)
+        return None
+    dproduct = layer.down.input_gradient(dy, saved.masks_of("down", rows))
+    glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
+    grads.add("down", dy, dproduct, saved, rows)  # by now the product itself
+    del dproduct, gate, up
+    layer.gate_up.spread(d_gate_up)
+    grads.add("gate_up", d_gate_up, n2, saved, rows)
+    if not need_dn2:
+        return None
+    return layer.gate_up.input_gradient(d_gate_up, saved.masks_of("gate_up", rows))

@@ -1,0 +1,111 @@
+"""The gradients of one optimizer step, added up over forward passes; smaller passes when memory
+runs out.
+
+    loss = sum over passes of (CE summed over the pass's trained tokens / those of the whole step)
+
+As each pass is divided by the count of the whole step, the sum does not depend on how its rows are
+split. So on torch.OutOfMemoryError the half-made gradients are dropped, the generators put back,
+the rows of a pass halved for the rest of the run, and the step is done again: the same rows and
+tokens, the same loss up to the order of sums (dropout draws in other shapes, so with it another
+sample of the same distribution). Weights were not touched yet, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sloth.errors import OutOfMemory
+from sloth.train.checkpoint import rng_tensors, set_rng
+from sloth.train.data import Batch
+from sloth.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What a step's passes came to; the gradients are where backward leaves them."""
+
+    loss: Tensor
+    num_tokens: int
+    num_trained: int
+
+
+class Accumulator:
+    """Runs a step's passes. `rows_per_pass` falls by halves and never rises.
+
+    ranks: who shares the rows of a step. batch_of: rows -> Batch. loss_of: (batch, trained tokens
+    of the step) -> scalar. forget: drop all gradients.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        batch_of: Callable[[list[int]], Batch],
+        loss_of: Callable[[Batch, int], Tensor],
+        forget: Callable[[], None],
+        notice: Callable[[str], None],
+        rows_per_pass: int,
+    ) -> None:
+        self.ranks, self.batch_of, self.loss_of = ranks, batch_of, loss_of
+        self.rows_per_pass = rows_per_pass
+        self._forget, self._notice, self._device = forget, notice, ranks.device
+
+    def step(self, rows: Sequence[int]) -> Accumulated:
+        """Backward of a step's rows. Raises OutOfMemory when one row alone does not fit."""
+        own = self.ranks.share(rows)
+        counted: list[Batch] = []
+
+        def count() -> list[float]:
+            counted.extend(self._batches(own))
+            trained = sum(batch.num_trained for batch in counted)
+            return [trained, sum(batch.num_tokens for batch in counted)]
+
+        num_trained, num_tokens = map(int, self.ranks.agree(count, 2))
+        (loss,) = self.ranks.agree(lambda: [self._backward(own, counted, num_trained)], 1)
+        return Accumulated(torch.as_tensor(loss, device=self._device), num_tokens, num_trained)
+
+    def _backward(self, rows: list[int], batches: list[Batch], num_trained: int) -> Tensor:
+        generators = rng_tensors(self._device)
+        while True:
+            try:
+                return self._passes(batches, num_trained)
+            except torch.OutOfMemoryError as error:
+                why = str(error).split(". ")[0]
+            # Out of the except block: the traceback held the frames, and those the activations.
+            self._forget()
+            self.shrink(why)
+            set_rng(generators, self._device)
+            batches = self._batches(rows)
+
+    def _batches(self, rows: list[int]) -> list[Batch]:
+        size = self.rows_per_pass
+        return [self.batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _passes(self, batches: list[Batch], num_trained: int) -> Tensor:
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            loss = self.loss_of(batch, num_trained)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def shrink(self, why: str) -> None:
+        """Halve the passes from here on. Raises OutOfMemory when they hold one row already."""
+        if self.rows_per_pass == 1:
+            raise OutOfMemory(
+                f"one row alone does not fit into the memory of {self._device}: {why}. A smaller "
+                "max_length, quant='nf4', or an adapter instead of full training needs less"
+            )
+        halved = (self.rows_per_pass + 1) // 2
+        self._notice(
+            f"WARNING: out of memory with {self.rows_per_pass} rows in a pass; going on with "
+            f"{halved} and more passes a step, which gives the same loss ({why})"
+        )
+        self.rows_per_pass = halved
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,82 @@
+"""A run in words: what is said when it starts, and the plan that a dry run prints instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from sloth.train.data import describe_row
+from sloth.train.optim import kind_of, rate_scales
+from sloth.train.tensor_file import num_bytes
+
+if TYPE_CHECKING:
+    from sloth.train.trainer import Trainer
+
+MIB = 2**20
+
+
+def announce(
+    notice: Callable[[str | Text], None],
+    trainer: Trainer,
+    output: Path,
+    source: Path | None,
+    changed: Sequence[str],
+) -> None:
+    """What a person should see before the first step."""
+    if trainer.state.attached:
+        notice(trainer.state.attached)
+    notice(f"data: {trainer.data.summary()}")
+    for warning in trainer.data.counts.warnings():
+        notice(f"WARNING: {warning}")
+    if trainer.eval_data:
+        notice(f"eval data: {trainer.eval_data.counts.summary()}")
+    notice("first row, trained parts in [+ +]:")
+    notice(describe_row(trainer.data.examples[0], trainer.model.tokenizer))
+    notice(
+        f"training {_parameters(trainer)} for {trainer.plan.num_steps} steps; output in {output}"
+    )
+    if source is not None:
+        notice(f"resumed from {source} after step {trainer.progress.step}")
+    if changed:
+        notice(f"allowed to differ from the checkpoint: {'; '.join(changed)}")
+
+
+def describe_plan(trainer: Trainer) -> dict[str, str]:
+    """The resolved plan of a run, name by name."""
+    config, plan, model, state = trainer.config, trainer.plan, trainer.model, trainer.state
+    kinds = {kind_of(name) for name in state.masters.by_name}
+    rates = {kind: config.lr * scale for kind, scale in rate_scales(config).items()}
+    shown_rates = ", ".join(f"{kind} {rates[kind]:.3g}" for kind in sorted(kinds))
+    evaluations = "none"
+    if trainer.eval_data or config.sample_prompts:
+        often = f"each {config.eval_steps} steps and " if config.eval_steps else ""
+        rows = trainer.eval_data.counts.summary() if trainer.eval_data else "no rows"
+        evaluations = f"{often}at the end: {rows}; {len(config.sample_prompts)} sample prompts"
+    resume = f"from {config.output if config.resume is True else config.resume}"
+    return {
+        "model": f"{model.name}, {'NF4' if model.is_quantized else 'dense'} on {model.device}",
+        "kernel level": f"{model.level}: {model.level_reason}",
+        "data": trainer.data.summary(),
+        "steps": f"{plan.num_steps} of {plan.rows_per_step} rows ({config.batch_size} a pass, "
+        f"{config.grad_accum} passes), {plan.epoch(plan.num_steps):.3g} epochs",
+        "adapter": state.attached or ("as it is" if model.has_adapter else "none, full training"),
+        "trained": _parameters(trainer),
+        "optimizer": f"{config.optimizer}, {config.schedule} from {shown_rates}; "
+        f"{config.warmup_steps} warm-up steps, decay {config.weight_decay:g}, clip {config.clip}",
+        "evaluation": evaluations,
+        "checkpoints": f"each {config.save_steps or plan.num_steps} steps, "
+        f"{state.checkpoint_bytes() / MIB:.1f} MiB each, in {config.output or 'a new runs/<time>'}",
+        "resume": resume if config.resume else "no",
+        "trackers": ", ".join(config.trackers) or "none",
+    }
+
+
+def _parameters(trainer: Trainer) -> str:
+    masters = trainer.state.masters
+    count = sum(parameter.numel() for parameter in masters.by_name.values())
+    held = num_bytes(masters.by_name) / MIB
+    beside = f", with fp32 masters of {masters.count:,}" if masters.count else ""
+    return f"{count:,} parameters ({held:.1f} MiB{beside})"

@@ -1,0 +1,100 @@
+"""Held-out loss, perplexity and answers to fixed prompts; what is best so far, and when to stop.
+
+    eval loss = sum of CE over the trained tokens of all held-out rows / their number
+    perplexity = exp(eval loss)
+
+Never needs more memory than training: no gradients, so no activations are kept; the loss is the
+training's own, which holds no logits; and a pass reads no more padded tokens than training's
+largest. Rows go longest first, so a pass that does not fit shows at once and is halved. Dropout is
+off and no random number is drawn: training goes on as if nobody had looked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sloth.infer.generate import generate_tokens
+from sloth.infer.text import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from sloth.text.tokenizer import Tokenizer
+
+
+def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Rows of each pass, longest first: at most max_rows, and max_tokens with padding, or one."""
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches: list[list[int]] = []
+    for row in rows:
+        last = batches[-1] if batches else []
+        fits = len(last) < max_rows and last and (len(last) + 1) * lengths[last[0]] <= max_tokens
+        if fits:
+            last.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+@torch.no_grad()
+def summed_loss(
+    batches: Sequence[list[int]], loss_of: Callable[[list[int]], Tensor], network: nn.Module
+) -> float:
+    """The losses of all passes, added up; each is already divided by the tokens of all."""
+    with evaluating(network):
+        return math.fsum(loss_of(rows).item() for rows in batches)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, dropout and noise are off; afterwards as before."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+def sample_answers(
+    network: Any, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int
+) -> list[tuple[str, str]]:
+    """(prompt, greedy answer) of each prompt: a user's message where the model has a chat template,
+    else raw text. 4-bit weights stay packed: a dense copy would be memory that training lacks.
+    """
+    if not prompts:
+        return []
+    asked: list[Prompt] = [
+        prompt if tokenizer.chat is None else [{"role": "user", "content": prompt}]
+        for prompt in prompts
+    ]
+    ids = [encode_prompt(tokenizer, one) for one in asked]
+    answers: list[list[int]] = [[] for _ in asked]
+    with evaluating(network):
+        for step in generate_tokens(network, ids, num_tokens, tokenizer.stop_ids):
+            for answer, token in zip(answers, step, strict=True):
+                if token is not None:
+                    answer.append(token)
+    texts = [tokenizer.decode(answer) for answer in answers]
+    return list(zip(prompts, texts, strict=True))
+
+
+def best_step(losses: Mapping[int, float]) -> int | None:
+    """The step with the lowest finite loss, the earliest of equals."""
+    finite = [(loss, step) for step, loss in losses.items() if math.isfinite(loss)]
+    return min(finite)[1] if finite else None
+
+
+def has_stalled(losses: Mapping[int, float], patience: int | None) -> bool:
+    """Whether `patience` evaluations have passed since the best one. A pure function of what was
+    measured, so a resumed run stops where the first one did.
+    """
+    if patience is None:
+        return False
+    best = best_step(losses)
+    since = [step for step in losses if best is None or step > best]
+    return len(since) >= patience

@@ -1,0 +1,232 @@
+"""The planner: what each fused layer keeps, so that a step is as fast as the memory allows.
+
+Keeping more means computing less twice. From the sizes of a network, a batch shape and a budget the
+planner predicts the peak of a step, tensor by tensor (`StepMemory`), and chooses
+
+    per layer     a policy P1..P6 (`kernels.context.POLICIES`); the later layers get the richer
+                  ones, since they are freed first
+    the MLP       how many rows at a time, where all of them at once would not fit
+    layer inputs  on the device, or waiting in host memory
+    embedding     on the device or, where it is not the head too, in host memory
+    NF4 layers    how many stay unpacked, with memory that is left over
+
+The steps up from P1 are taken in order of time saved per byte. The prediction counts what the
+allocator hands out (`torch.cuda.max_memory_allocated`), with AdamW's two fp32 moments; the context
+of the driver is not part of it.
+Source: Chen et al. 2016 (recomputation), https://arxiv.org/abs/1604.06174; Korthikanti et al. 2022
+(choosing what to recompute), https://arxiv.org/abs/2205.05198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sloth.kernels.context import POLICIES, Keep
+from sloth.train.step_memory import GIB, NetworkSizes, StepMemory
+
+# Rates that weigh one kind of work against another (H100: TFLOP/s of products and of attention).
+_PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
+# Bytes/s to and from pinned memory, and the share of a copy's time that layers beside it lose.
+_HOST_RATE, _UNHIDDEN = 55e9, 0.08
+# A token's row looked up by the CPU and sent.
+_HOST_EMBEDDING_SECONDS = 0.5e-6
+# Rows the MLP works on at a time, from fast to small; all at once up to the first.
+_TILES = (16384, 8192, 4096, 2048)
+# Of a budget, for what the allocator reserves beyond what it hands out: 2 to 4.5% measured (8B, 8
+# to 36 GiB, H200). Of free memory, for what else the process may allocate.
+FRAGMENTATION = 0.045
+_MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the layers keep for a batch of one shape, and the peak that follows.
+
+    keeps: one a layer, first to last. predicted_gib: peak the allocator hands out in a step.
+    budget_gib: what the process may reserve, None where nothing was measured or stated (a CPU).
+    parts: name -> GiB of the predicted peak.
+    """
+
+    batch: int
+    seq: int
+    keeps: tuple[Keep, ...]
+    embedding_on_host: bool
+    predicted_gib: float
+    budget_gib: float | None
+    parts: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction is within the budget."""
+        room = 1 - FRAGMENTATION
+        return self.budget_gib is None or self.predicted_gib <= self.budget_gib * room
+
+    def with_residents(self, count: int) -> Plan:
+        """The same plan with only the first `count` layers kept unpacked."""
+        keeps = tuple(replace(keep, resident=i < count) for i, keep in enumerate(self.keeps))
+        return replace(self, keeps=keeps)
+
+    def __str__(self) -> str:
+        names = {replace(keep, tile_tokens=None): name for name, keep in POLICIES.items()}
+        counts: dict[str, int] = {}
+        for keep in self.keeps:
+            bare = replace(keep, tile_tokens=None, offload=False, resident=False)
+            counts[names[bare]] = counts.get(names[bare], 0) + 1
+        layers = ", ".join(f"{name} x {counts[name]}" for name in sorted(counts))
+        first = self.keeps[0]
+        tiles = f"{first.tile_tokens} rows at a time" if first.tile_tokens else "whole"
+        budget = "no budget" if self.budget_gib is None else f"budget {self.budget_gib:.2f} GiB"
+        lines = [
+            f"{self.batch} x {self.seq} tokens: {self.predicted_gib:.2f} GiB predicted, {budget}",
+            f"layers        {layers}",
+            f"MLP           {tiles}",
+            f"layer inputs  {'in host memory' if first.offload else 'on the device'}",
+            f"embedding     {'in host memory' if self.embedding_on_host else 'on the device'}",
+            f"unpacked      {sum(keep.resident for keep in self.keeps)} layers stay so",
+        ]
+        lines += [f"  {name:<24}{gib:8.2f} GiB" for name, gib in self.parts.items()]
+        return "\n".join(lines)
+
+
+def make_plan(
+    sizes: NetworkSizes,
+    batch: int,
+    seq: int,
+    budget_gib: float | None,
+    resident_allowed: bool = True,
+) -> Plan:
+    """The fastest plan predicted to fit; the smallest one where none fits (`Plan.fits` says so)."""
+    if batch < 1 or seq < 1:
+        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+    memory = StepMemory(sizes, batch, seq)
+    if budget_gib is None:
+        keeps = [Keep()] * sizes.num_layers
+        return _finished(memory, keeps, False, None)
+    budget = budget_gib * GIB * (1 - FRAGMENTATION)
+    best: tuple[float, list[Keep], bool] | None = None
+    smallest: tuple[int, list[Keep], bool] | None = None
+    for on_host in (False,) if sizes.embedding_stays else (False, True):
+        for offload in (False, True):
+            keeps = _barest_that_fits(memory, budget, offload, on_host)
+            peak = memory.peak(keeps, on_host)
+            if smallest is None or peak < smallest[0]:
+                smallest = peak, keeps, on_host
+            if peak > budget:
+                continue
+            keeps = _upgraded(memory, keeps, on_host, budget)
+            seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
+            seconds += _HOST_EMBEDDING_SECONDS if on_host else 0.0
+            if best is None or seconds < best[0]:
+                best = seconds, keeps, on_host
+    if best is None:
+        assert smallest is not None
+        return _finished(memory, smallest[1], smallest[2], budget_gib)
+    _, keeps, on_host = best
+    if resident_allowed and sizes.quantized:
+        keeps = _with_residents(memory, keeps, on_host, budget)
+    return _finished(memory, keeps, on_host, budget_gib)
+
+
+def free_budget_gib(device_free: int, reserved: int, allocated: int, cap: int | None) -> float:
+    """Budget from bytes that are free on the device or already reserved by this process.
+
+    cap: bytes this process may reserve at most, None for no cap.
+    """
+    usable = device_free + reserved
+    if cap is not None:
+        usable = min(usable, cap)
+    return max(usable * (1 - _MARGIN), allocated) / GIB
+
+
+def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float | None) -> Plan:
+    parts = memory.parts(keeps, on_host)
+    return Plan(
+        memory.batch,
+        memory.seq,
+        tuple(keeps),
+        on_host,
+        memory.peak(keeps, on_host) / GIB,
+        budget,
+        {name: value / GIB for name, value in parts.items()},
+    )
+
+
+def _barest_that_fits(
+    memory: StepMemory, budget: float, offload: bool, on_host: bool
+) -> list[Keep]:
+    """P1 everywhere, the MLP in tiles as large as may be."""
+    whole: tuple[int | None, ...] = (None,) if memory.rows <= _TILES[0] else ()
+    keeps: list[Keep] = []
+    for tile in whole + tuple(tile for tile in _TILES if tile < memory.rows):
+        bare = replace(POLICIES["P1"], tile_tokens=tile, offload=offload)
+        keeps = [bare] * memory.sizes.num_layers
+        if memory.peak(keeps, on_host) <= budget:
+            break
+    return keeps
+
+
+def _upgraded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
+    """Policies raised, last layers first, while the peak stays within the budget."""
+    base = keeps[0]
+    options = []
+    for keep in POLICIES.values():
+        tile = None if keep.gate else base.tile_tokens
+        options.append(replace(keep, tile_tokens=tile, offload=base.offload))
+    for target in _worthwhile(memory, options):
+        low, high = 0, len(keeps)
+        while low < high:  # the most layers that can take this step
+            count = (low + high + 1) // 2
+            if memory.peak(_raised(keeps, target, count), on_host) <= budget:
+                low = count
+            else:
+                high = count - 1
+        keeps = _raised(keeps, target, low)
+        if low < len(keeps):
+            break
+    return keeps
+
+
+def _raised(keeps: Sequence[Keep], target: Keep, count: int) -> list[Keep]:
+    return [*keeps[: len(keeps) - count], *[target] * count]
+
+
+def _worthwhile(memory: StepMemory, options: list[Keep]) -> list[Keep]:
+    """Options above the first on the upper hull of (bytes, time saved): best steps first."""
+    points = [(memory.kept_bytes(o), -extra_seconds(memory.sizes, memory.seq, o)) for o in options]
+    hull, at = [], 0
+    while at < len(options) - 1:
+        slopes = [
+            (points[i][1] - points[at][1]) / max(points[i][0] - points[at][0], 1)
+            for i in range(at + 1, len(options))
+        ]
+        at += 1 + max(range(len(slopes)), key=lambda i: (slopes[i], i))
+        hull.append(options[at])
+    return hull
+
+
+def extra_seconds(sizes: NetworkSizes, seq: int, keep: Keep) -> float:
+    """Time a token of one layer costs beyond computing everything once."""
+    products = 0.0
+    if not keep.qkv:
+        products += 2.0 * sizes.hidden * sizes.qkv
+    if not keep.hidden:
+        products += 2.0 * sizes.queries * sizes.hidden
+    products += 2.0 * sizes.hidden * sizes.ffn * ((not keep.gate) + (not keep.up))
+    attention = 0.0 if keep.attention else 2.0 * seq * sizes.queries
+    copies = 2.0 * sizes.hidden * sizes.element if keep.offload else 0.0
+    replay = products / _PRODUCT_RATE + attention / _ATTENTION_RATE
+    return replay + _UNHIDDEN * copies / _HOST_RATE
+
+
+def _with_residents(
+    memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float
+) -> list[Keep]:
+    """As many layers kept unpacked as the rest of the budget holds."""
+    best = keeps
+    for count in range(1, len(keeps) + 1):
+        trial = [replace(keep, resident=i < count) for i, keep in enumerate(keeps)]
+        if memory.peak(trial, on_host) > budget:
+            break
+        best = trial
+    return best

@@ -1,0 +1,146 @@
+"""Several processes training one model: who reads which rows, sums over all, and failing together.
+
+Start with `torchrun --nproc-per-node 2 -m sloth.cli train ...`. The rows of a step are shared out
+(rank r of n takes every n-th), each rank adds up its gradients over the trained tokens of the
+whole step, and one sum over ranks follows. So batch_size * grad_accum rows make a step whatever
+the number of ranks, and the curve is that of one process up to the order of sums.
+
+A rank that raises while the others wait in a collective would leave them there. So every stretch
+that can fail runs inside `agree`: its outcome travels with the numbers that have to be summed
+anyway, and where one failed, all raise. Only rank 0 writes. Strings travel as bytes, because
+torch's own exchange of objects unpickles what it is sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sloth.errors import RankFailed
+
+T = TypeVar("T")
+Number = float | Tensor
+
+
+class Ranks:
+    """This process among `size`. Alone, everything is the identity and nothing is exchanged."""
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        self.device, self.rank, self.size = device, rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def share(self, rows: Sequence[T]) -> list[T]:
+        """The rows that this rank reads."""
+        return list(rows[self.rank :: self.size])
+
+    def agree(self, work: Callable[[], Sequence[Number]], count: int = 0) -> list[Number]:
+        """Do `work` in every rank; its `count` numbers, summed over ranks.
+
+        Raises what `work` raised, or RankFailed where it was another rank's.
+        """
+        if self.size == 1:
+            return list(work())
+        error: BaseException | None = None
+        numbers: Sequence[Number] = [0.0] * count
+        try:
+            numbers = work()
+            assert len(numbers) == count
+        except BaseException as raised:
+            error = raised
+        failures = [float(rank == self.rank and error is not None) for rank in range(self.size)]
+        values = [*failures, *map(float, numbers)]
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        told = sums.tolist()
+        if error is not None:
+            raise error
+        failed = [rank for rank in range(self.size) if told[rank]]
+        if failed:
+            raise RankFailed(f"rank {', '.join(map(str, failed))} failed; its output says why")
+        return told[self.size :]
+
+    def first(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do `work` in rank 0 alone; where it fails, all raise."""
+
+        def guarded() -> list[Number]:
+            if self.is_first:
+                work(*arguments)
+            return []
+
+        self.agree(guarded)
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over ranks. A rank that had no row adds nothing."""
+        if self.size == 1:
+            return
+        held = list(parameters)
+        present = torch.tensor([p.grad is not None for p in held], dtype=torch.uint8)
+        present = present.to(self.device)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX)
+        for parameter, is_present in zip(held, present.tolist(), strict=True):
+            if is_present:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def tell(self, text: str) -> str:
+        """Rank 0's text, in every rank."""
+        if self.size == 1:
+            return text
+        data = list(text.encode()) if self.is_first else []
+        length = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(length, 0)
+        held = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            held = torch.tensor(data, dtype=torch.uint8, device=self.device)
+        dist.broadcast(held, 0)
+        return bytes(held.tolist()).decode()
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Small tensors of every rank, under `name` for rank 0 and `name.<rank>` for the others."""
+        gathered = dict(tensors)
+        if self.size == 1:
+            return gathered
+        for name, tensor in tensors.items():
+            parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.size)]
+            dist.all_gather(parts, tensor.to(self.device))
+            gathered |= {f"{name}.{rank}": parts[rank].cpu() for rank in range(1, self.size)}
+            gathered[name] = parts[0].cpu()
+        return gathered
+
+    def pick(self, gathered: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `gather`: what was this rank's."""
+        suffix = f".{self.rank}" if self.rank else ""
+        return {
+            name.removesuffix(suffix): tensor
+            for name, tensor in gathered.items()
+            if (name.endswith(suffix) if suffix else "." not in name)
+        }
+
+
+@contextmanager
+def ranks_of_process(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun started, as its environment tells; alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device)
+        return
+    was_initialized = dist.is_initialized()
+    if not was_initialized:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(device, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # gloo may abort where its peer is gone before it has said good-bye
+    finally:
+        if not was_initialized:
+            dist.destroy_process_group()

@@ -1,0 +1,155 @@
+"""A row's fields, checked and brought into one form: messages, ShareGPT turns, tools, texts.
+
+CSV and some Parquet files hold lists as JSON text; Parquet fills fields that a message lacks with
+null. Both are undone here. OpenAI's spellings become what templates are written for: content in
+parts is joined, a call's arguments in JSON text become the object. Raises DataError with place,
+field and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from sloth.errors import DataError
+
+Message = dict[str, Any]
+
+# ShareGPT's names, and those of its relatives.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """A list that is not empty, from JSON text where need be."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _from_json(value, where)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: expected a non-empty list of messages, got {name_of(value)}")
+    return value
+
+
+def as_messages(value: list[Any], where: str) -> list[Message]:
+    """OpenAI's messages: role, content and what else they hold."""
+    return [
+        _message(message, f"{where}[{index}]")
+        for index, message in enumerate(as_list(value, where))
+    ]
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(
+            f"{place}: expected an object with role and content, got {name_of(message)}"
+        )
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"{place}.role: expected system, user, assistant or tool, got {role!r}")
+    if isinstance(content, str) and len(message) == 2:
+        return dict(message)
+    held = {key: item for key, item in message.items() if item is not None}
+    if isinstance(content, list):
+        held["content"] = _joined(content, f"{place}.content")
+    elif content is None and message.get("tool_calls"):
+        held["content"] = None
+    elif not isinstance(content, str):
+        raise DataError(f"{place}.content: expected a text, got {name_of(content)}")
+    if held.get("tool_calls"):
+        held["tool_calls"] = [_call(call, f"{place}.tool_calls") for call in held["tool_calls"]]
+    return held
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else name_of(part)
+            raise DataError(f"{place}: expected parts of type text, got {kind!r}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _call(call: Any, place: str) -> Any:
+    """Templates write a call's arguments as JSON, so a JSON text would be written twice over."""
+    if not isinstance(call, Mapping):
+        raise DataError(f"{place}: expected an object, got {name_of(call)}")
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    arguments = _from_json(function["arguments"] or "{}", f"{place}.function.arguments")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def as_turns(value: list[Any], where: str) -> list[Message]:
+    """ShareGPT's turns as messages."""
+    messages = []
+    for index, turn in enumerate(value):
+        place = f"{where}[{index}]"
+        if not isinstance(turn, Mapping):
+            raise DataError(f"{place}: expected an object with from and value, got {name_of(turn)}")
+        sender = turn.get("from")
+        role = _ROLES.get(sender.lower()) if isinstance(sender, str) else None
+        if role is None:
+            raise DataError(f"{place}.from: expected human, gpt, system or tool, got {sender!r}")
+        text = as_text(turn.get("value"), f"{place}.value")
+        message: Message = {"role": role, "content": text}
+        if sender == "function_call":
+            called = _from_json(text, f"{place}.value")
+            calls = called if isinstance(called, list) else [called]
+            wrapped = [{"type": "function", "function": call} for call in calls]
+            message = {"role": role, "content": None, "tool_calls": wrapped}
+        if turn.get("weight") is not None:
+            message["weight"] = turn["weight"]
+        messages.append(message)
+    return messages
+
+
+def as_tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The row's tools, None without any."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _from_json(tools, f"{where}: tools") if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{where}: tools: expected a list, got {name_of(tools)}")
+    return tools or None
+
+
+def as_text(value: Any, where: str, expected: str = "a text") -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected {expected}, got {name_of(value)}")
+    return value
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected JSON: {error}") from error
+
+
+def name_of(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a boolean",
+        type(None): "null",
+    }
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return names.get(type(value), f"a {type(value).__name__}")

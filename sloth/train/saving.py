@@ -1,0 +1,124 @@
+"""Saving that never costs the run: room is checked first, and a full disk is a warning.
+
+    before the run   free space must hold two checkpoints, or the run does not start
+    at each save     enough room?  -> write_checkpoint
+                     no, or OSError on the way -> warn, keep the older ones, and try the weights
+                     alone (a third of an AdamW checkpoint; a rescue, not a place to resume from)
+    at the end       if the last save failed, `SaveFailed` after everything else is done
+
+The estimate before the run counts what will exist: the parameters and two moments of each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sloth.errors import NonFiniteGradients, SaveFailed
+from sloth.train import checkpoint
+from sloth.train.tensor_file import are_finite, num_bytes
+
+MIB = 2**20
+# Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what
+# does not fit, the save says so.
+EXTRAS_BYTES = MIB // 4
+
+
+class Saver:
+    """Writes a run's checkpoints. `newest` is the last good one, `failure` why the last try
+    failed.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        notice: Callable[[str], None],
+        on_saved: Callable[[int, Path], None],
+        newest: Path | None = None,
+    ) -> None:
+        self.output, self.notice, self._on_saved = output, notice, on_saved
+        self.newest = newest
+        self.failure: str | None = None
+
+    def require_room(self, checkpoint_bytes: int) -> None:
+        """Raise SaveFailed unless two checkpoints of that size fit: a new one is written before the
+        old one goes.
+        """
+        needed, free = 2 * (checkpoint_bytes + EXTRAS_BYTES), self._free_bytes()
+        if free < needed:
+            raise SaveFailed(
+                f"{self.output} has {_mib(free)} free, and two checkpoints of this run take "
+                f"{_mib(needed)}; free some space or choose another output"
+            )
+
+    def save(
+        self,
+        step: int,
+        tensors: checkpoint.TensorFiles,
+        state: dict[str, Any],
+        add_files: Callable[[Path], None] | None = None,
+        best_step: int | None = None,
+    ) -> Path | None:
+        """The new checkpoint, or None after a warning when the disk did not take it.
+
+        Raises NonFiniteGradients rather than write weights that are not finite.
+        """
+        if not are_finite(tensors["trainable"]):
+            raise NonFiniteGradients(
+                f"the weights hold NaN or infinity after step {step}, so they are not saved; "
+                f"{self.last_words()}. A lower lr or a warm-up may help"
+            )
+        try:
+            self._expect_room(sum(num_bytes(group) for group in tensors.values()))
+            self.newest = checkpoint.write_checkpoint(
+                self.output, step, tensors, state, add_files, best_step
+            )
+        except OSError as error:
+            self.failure = f"step {step} could not be saved: {_why(error)}"
+            self.notice(f"WARNING: {self.failure}; training goes on, {self.last_words()}")
+            self._save_weights_only(step, tensors, state)
+            return None
+        self.failure = None
+        self._on_saved(step, self.newest)
+        return self.newest
+
+    def last_words(self) -> str:
+        """What there is to go back to."""
+        if self.newest is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint, {self.newest}, is good"
+
+    def finish(self) -> None:
+        """Raise SaveFailed when the last save did not succeed."""
+        if self.failure is not None:
+            raise SaveFailed(f"{self.failure}; {self.last_words()}")
+
+    def _save_weights_only(
+        self, step: int, tensors: checkpoint.TensorFiles, state: dict[str, Any]
+    ) -> None:
+        weights = {"trainable": tensors["trainable"]}
+        try:
+            self._expect_room(num_bytes(weights["trainable"]))
+            folder = checkpoint.write_weights_only(self.output, step, weights, state)
+        except OSError:
+            return
+        self.notice(f"the weights alone did fit: {folder} (nothing resumes from them)")
+
+    def _expect_room(self, wanted_bytes: int) -> None:
+        """Do not fill the disk to its last byte only to throw the half away."""
+        free = self._free_bytes()
+        if free < wanted_bytes:
+            raise OSError(f"it takes {_mib(wanted_bytes)} and {_mib(free)} are free")
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.output).free
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:.1f} MiB"
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

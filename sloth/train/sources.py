@@ -1,0 +1,262 @@
+"""Where rows come from: files, folders, Python objects; each row with the place to name in errors.
+
+    .jsonl .ndjson   one JSON object a line                     .csv .tsv   a header, then rows
+    .json            a list of objects, or one object a line    .txt        one text a line
+    .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
+    a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
+    mapping of splits, such as a `datasets.DatasetDict`
+
+Everything is read as a stream: a file of any size costs the memory of one row (Parquet: of one
+batch of rows).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sloth.errors import DataError
+
+Source = str | Path | Iterable[Any]
+Placed = tuple[str, Any]
+
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "eval")}
+_PARQUET_ROWS = 1024
+_CHUNK_BYTES = 1 << 20
+MAX_CELL_CHARS = 1 << 27  # csv's own limit, 131,072, is shorter than some chats
+MAX_ROW_CHARS = 1 << 28  # of a row in a JSON list: how far a broken one is read before giving up
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to be read in order. files: what they are read from, none for Python objects.
+
+    can_reread: whether a second pass gives the same rows.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    can_reread: bool
+    read: Callable[[], Iterator[Placed]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
+    """The rows of `source`. split: which part of a folder or a mapping of splits.
+
+    Raises DataError for what cannot be a source.
+    """
+    if isinstance(source, (str, Path)):
+        files = _files(Path(source).expanduser(), split)
+        return Rows(str(source), files, True, lambda: _read_files(files))
+    if isinstance(source, Mapping):
+        part = next((source[n] for n in SPLITS[split] if n in source), None)
+        if part is None or isinstance(part, str) or not isinstance(part, Iterable):
+            raise DataError(
+                f"{name}: expected a path or rows, got a {type(source).__name__}; one row goes "
+                "into a list, and a mapping of splits needs a train split"
+            )
+        return open_rows(part, f"{name}[{split!r}]", split)
+    if not isinstance(source, Iterable):
+        raise DataError(f"{name}: expected a path or rows, got a {type(source).__name__}")
+    can_reread = iter(source) is not source
+    return Rows(name, (), can_reread, lambda: _number(source, name))
+
+
+def has_split(source: object, split: str) -> bool:
+    """Whether `source` is a folder or a mapping with that split."""
+    if isinstance(source, (str, Path)):
+        folder = Path(source).expanduser()
+        return folder.is_dir() and bool(_of_split(folder, split))
+    return isinstance(source, Mapping) and any(name in source for name in SPLITS[split])
+
+
+def _number(rows: Iterable[Any], name: str) -> Iterator[Placed]:
+    for index, row in enumerate(rows):
+        yield f"{name}[{index}]", {"text": row} if isinstance(row, str) else row
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def _files(path: Path, split: str) -> tuple[Path, ...]:
+    if path.is_dir():
+        found = _of_split(path, split)
+        if not found:
+            held = sorted(p.name for p in path.iterdir())[:8]
+            raise DataError(
+                f"data folder {path} has no {split} file; expected one of "
+                f"{', '.join(f'{split}{kind}' for kind in _READERS)}; found {held or 'nothing'}"
+            )
+        return found
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist")
+    _reader(path)
+    return (path,)
+
+
+def _of_split(folder: Path, split: str) -> tuple[Path, ...]:
+    """Files of a split: train.jsonl, train-00000-of-00002.parquet, in the folder or in data/."""
+    for place in (folder, folder / "data"):
+        for name in SPLITS[split]:
+            files = [
+                file
+                for file in sorted(place.glob(f"{name}[.-]*"))
+                if file.is_file() and file.suffix.lower() in _READERS
+            ]
+            if files:
+                return tuple(files)
+    return ()
+
+
+def _read_files(files: Iterable[Path]) -> Iterator[Placed]:
+    for file in files:
+        yield from _reader(file)(file)
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[Placed]]:
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"data file {file} is of an unknown kind {file.suffix!r}; known: {', '.join(_READERS)}"
+        )
+    return reader
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line that is not blank: UTF-8, a byte-order mark allowed."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if line.strip():
+                yield f"{file}:{number}", _decoded(line, f"{file}:{number}")
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+
+
+def _read_jsonl(file: Path) -> Iterator[Placed]:
+    for where, line in _lines(file):
+        try:
+            row = json.loads(line)
+        except RecursionError as error:
+            raise DataError(f"{where}: JSON nested too deeply") from error
+        except ValueError as error:
+            raise DataError(f"{where}: expected one JSON object on the line: {error}") from error
+        if isinstance(row, list):
+            raise DataError(f"{where}: expected one JSON object per line, got a JSON list")
+        yield where, row
+
+
+def _read_json(file: Path) -> Iterator[Placed]:
+    """A list, decoded item by item; a file that does not begin with a list holds lines."""
+    with file.open("rb") as stream:
+        beginning = stream.read(_CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not beginning.startswith(b"["):
+        yield from _read_jsonl(file)
+        return
+    with file.open(encoding="utf-8-sig") as text:
+        try:
+            yield from _read_list(text, str(file))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8: {error.reason}") from error
+
+
+def _read_list(stream: IO[str], name: str) -> Iterator[Placed]:
+    decoder, held, at, index, is_over = json.JSONDecoder(), "", 0, 0, False
+    expected = "["
+    while True:
+        while at < len(held) and held[at].isspace():
+            at += 1
+        if at < len(held):
+            where = f"{name}[{index}]"
+            if expected and held[at] == "]" and index:
+                return
+            if expected:
+                if held[at] != expected:
+                    raise DataError(f"{where}: expected {expected!r} in the JSON list")
+                at, expected = at + 1, ""
+                continue
+            if held[at] == "]" and not index:
+                return
+            try:
+                row, end = decoder.raw_decode(held, at)
+            except RecursionError as error:
+                raise DataError(f"{where}: JSON nested too deeply") from error
+            except ValueError as error:
+                if is_over or len(held) - at > MAX_ROW_CHARS:
+                    raise DataError(f"{where}: not valid JSON: {error.args[0]:.200}") from error
+            else:
+                if end < len(held) or is_over:  # a number may go on in the next chunk
+                    yield where, row
+                    at, index, expected = end, index + 1, ","
+                    continue
+        if is_over:
+            raise DataError(f"{name}: the JSON list has no end")
+        # At least doubled, so that one long row is not decoded over and over.
+        chunk = stream.read(max(_CHUNK_BYTES, len(held) - at))
+        held, at, is_over = held[at:] + chunk, 0, not chunk
+
+
+def _read_csv(file: Path) -> Iterator[Placed]:
+    csv.field_size_limit(MAX_CELL_CHARS)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                where = f"{file}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(f"{where}: expected {len(reader.fieldnames or [])} columns")
+                yield where, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 after line {reader.line_num}") from error
+        except csv.Error as error:
+            raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from error
+
+
+def _read_txt(file: Path) -> Iterator[Placed]:
+    for where, line in _lines(file):
+        yield where, {"text": line.rstrip("\r\n")}
+
+
+def _read_parquet(file: Path) -> Iterator[Placed]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{file}: Parquet needs pyarrow; install it with pip install 'sloth-llm[data]'"
+        ) from error
+    try:
+        index = 0
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{file}[{index}]", row
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,177 @@
+"""What changes while a run goes on, in one place: masters, optimizer, generators, progress. Saved
+whole, and put back whole.
+
+`TrainState` is what a checkpoint holds. Identity, beside it, is what must not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sloth import __version__
+from sloth.errors import CheckpointMismatch
+from sloth.lora_config import LoraConfig
+from sloth.train import checkpoint
+from sloth.train.config import TrainConfig
+from sloth.train.evaluate import best_step
+from sloth.train.masters import Masters
+from sloth.train.optim import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    state_bytes,
+    trainable,
+)
+from sloth.train.ranks import Ranks
+from sloth.train.records import Progress
+from sloth.train.redact import Redactor
+from sloth.train.run import Identity, base_fingerprint, refuse_changes, write_settings
+from sloth.train.saving import Saver
+from sloth.train.tensor_file import num_bytes
+
+if TYPE_CHECKING:
+    from sloth.text.tokenizer import Tokenizer
+
+
+class Trainable(Protocol):
+    """What the trainer asks of a model; `sloth.Model` has it."""
+
+    network: Any
+    name: str
+    revision: str | None
+    is_quantized: bool
+    level_reason: str
+    lora_config: LoraConfig | None
+
+    @property
+    def level(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def has_adapter(self) -> bool: ...
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor | None = None,
+        num_trained: int | Tensor | None = None,
+    ) -> Tensor: ...
+    def add_lora(self, config: LoraConfig | None = None) -> Any: ...
+    def save_adapter(self, folder: Path) -> Any: ...
+    def save_merged(self, folder: Path) -> Any: ...
+
+
+class TrainState:
+    """Attaches the adapter that the settings ask for and builds the optimizer.
+
+    attached: what was attached, in words. Raises ValueError for a model or a rate without a
+    parameter to train, AdapterMismatch, NoTargets.
+    """
+
+    def __init__(
+        self, model: Trainable, config: TrainConfig, num_steps: int, data: str, ranks: Ranks
+    ) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
+        self.attached = _attach_adapter(model, config)
+        if ranks.rank:  # a new adapter is the same everywhere, dropout from here on is not
+            torch.manual_seed(config.seed + ranks.rank)
+        parameters = trainable(model.network)
+        if not parameters:
+            raise ValueError("no parameter of the model requires a gradient; call add_lora")
+        self.masters = Masters(parameters)
+        self.optimizer = build_optimizer(self.masters.by_name, config)
+        self.progress = Progress()
+        lora = model.lora_config
+        self.identity = Identity(
+            settings=Redactor().value(config.plain()),
+            num_steps=num_steps,
+            data=data,
+            base=base_fingerprint(model.network),
+            lora=lora.model_dump(mode="json") if lora else None,
+            ranks=ranks.size,
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint will take, once the optimizer has moments."""
+        tensors = self.masters.by_name
+        return num_bytes(tensors) + state_bytes(tensors, self.config)
+
+    def save(self, saver: Saver) -> None:
+        """A checkpoint of this moment, if the disk takes it."""
+        state = {
+            "progress": asdict(self.progress),
+            "identity": asdict(self.identity),
+            "model": {"name": self.model.name, "revision": self.model.revision},
+            "versions": {"sloth": __version__, "torch": torch.__version__},
+        }
+        tensors: checkpoint.TensorFiles = {
+            "trainable": self.masters.by_name,
+            "optimizer": optimizer_tensors(self.optimizer, self.masters.by_name),
+            "rng": self.ranks.gather(checkpoint.rng_tensors(self.model.device)),
+        }
+        best = best_step(self.progress.held_out)
+        step = self.progress.step
+        self.ranks.first(saver.save, step, tensors, state, self._add_files, best)
+
+    def resume(self, source: Path) -> list[str]:
+        """Continue from a checkpoint; the allowed changes, in words.
+
+        Raises ValueError for changes that are not allowed, CheckpointMismatch.
+        """
+        state = checkpoint.read_state(source)
+        changed = refuse_changes(
+            Identity(**state["identity"]), self.identity, source, self.config.allow_change
+        )
+        self._load_weights(source)
+        moments = checkpoint.read_tensors(source, "optimizer")
+        load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
+        generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
+        checkpoint.set_rng(generators, self.model.device)
+        self.progress = Progress(**state["progress"])
+        return changed
+
+    def load_best(self, places: Sequence[Path]) -> Path:
+        """Go back to the weights of the lowest evaluation loss, in the first place that has them.
+
+        Raises CheckpointMismatch when none has.
+        """
+        step = best_step(self.progress.held_out)
+        if step is None:
+            raise CheckpointMismatch("load_best: no evaluation loss of this run was finite")
+        name = checkpoint.folder_name(step)
+        for place in places:
+            if checkpoint.is_good(place / name):
+                self._load_weights(place / name)
+                return place / name
+        raise CheckpointMismatch(
+            f"load_best: {name}, with the lowest evaluation loss, is not whole in "
+            f"{' or '.join(map(str, places))}"
+        )
+
+    def _load_weights(self, source: Path) -> None:
+        stored = checkpoint.read_tensors(source, "trainable")
+        checkpoint.copy_parameters(self.masters.by_name, stored, source)
+        self.masters.publish()
+
+    def _add_files(self, folder: Path) -> None:
+        self.model.tokenizer.save(folder)
+        write_settings(self.config, folder)
+
+
+def _attach_adapter(model: Trainable, config: TrainConfig) -> str | None:
+    """Attach what the settings ask for; an NF4 base is frozen, so it always needs one."""
+    wanted = config.lora
+    if model.has_adapter or (wanted is None and not model.is_quantized):
+        return None
+    used = wanted or LoraConfig()
+    model.add_lora(used)
+    why = "" if wanted else " (an NF4 model trains through an adapter; these are the defaults)"
+    return f"attached LoRA r={used.r} alpha={used.alpha:g} targets={used.targets}{why}"

@@ -1,0 +1,221 @@
+"""How much memory a training step of a fused network takes, tensor by tensor.
+
+The peak of a step is the largest of a few moments: while a layer runs forward, while the head
+computes the loss, while a layer runs backward. Each adds what is always there (weights, LoRA with
+gradients and moments, scratch), what the layers so far keep, and what the layer at work holds
+beside it; the lists below follow `kernels/llama.py` and `gemma2.py` line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sloth.kernels.context import Keep
+from sloth.kernels.dispatch import wiring_of
+from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from sloth.kernels.stacked import padded
+
+GIB = 2**30
+
+# What the vendor's products set aside: a workspace in the forward's thread and in the backward's.
+_WORKSPACES = 2 * 32 * 2**20
+# Offloaded inputs that may still be on their way out.
+_LEAVING = 2
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """Widths, ranks and bytes of a network; everything a prediction reads.
+
+    hidden D, qkv (H + 2 K) E, queries H E, heads H, ffn F, vocab V. ranks: of the stacks qkv, o,
+    gate_up and down, padded. element: bytes of an activation. weights: all stored weights but the
+    embedding, embedding in bytes; it stays on the device where it is the head too, or is trained.
+    trainable: elements trained. post_norms: whether a norm follows each half.
+    """
+
+    num_layers: int
+    hidden: int
+    qkv: int
+    queries: int
+    heads: int
+    ffn: int
+    vocab: int
+    ranks: tuple[int, int, int, int]
+    element: int
+    weights: int
+    embedding: int
+    embedding_stays: bool
+    quantized: bool
+    trainable: int
+    post_norms: bool = False
+
+    @property
+    def layer_scratch(self) -> int:
+        """Bytes of the four scratch matrices of a layer."""
+        q, o, g, d = self.ranks
+        sizes = (
+            (self.qkv + q) * padded(self.hidden + q),
+            (self.hidden + o) * padded(self.queries + o),
+            (2 * self.ffn + g) * padded(self.hidden + g),
+            (self.hidden + d) * padded(self.ffn + d),
+        )
+        return sum(sizes) * self.element
+
+    @classmethod
+    def of(cls, network: Any) -> NetworkSizes:
+        """Read a decoder, on any device: on meta too, where nothing is loaded."""
+        block, config = network.model.layers[0], network.config
+        attention, mlp = block.self_attn, block.mlp
+
+        def rank(*members: Any) -> int:
+            return padded(sum(len(m.lora_A.weight) for m in members if m.has_lora))
+
+        embedding = network.model.embed_tokens.weight
+        return cls(
+            num_layers=len(network.model.layers),
+            hidden=attention.q_proj.in_features,
+            qkv=sum(m.out_features for m in (attention.q_proj, attention.k_proj, attention.v_proj)),
+            queries=attention.q_proj.out_features,
+            heads=config.num_attention_heads,
+            ffn=mlp.down_proj.in_features,
+            vocab=len(embedding),
+            ranks=(
+                rank(attention.q_proj, attention.k_proj, attention.v_proj),
+                rank(attention.o_proj),
+                rank(mlp.gate_proj, mlp.up_proj),
+                rank(mlp.down_proj),
+            ),
+            element=embedding.element_size(),
+            weights=_stored_bytes(network) - embedding.nbytes,
+            embedding=embedding.nbytes,
+            embedding_stays=network.tied or embedding.requires_grad,
+            quantized=not isinstance(attention.q_proj.base, Tensor),
+            trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
+            post_norms=len(wiring_of(network.model_type).norms) == 4,
+        )
+
+
+def _stored_bytes(network: nn.Module) -> int:
+    tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class StepMemory:
+    """Predicted bytes of a step on `batch` rows of `seq` tokens."""
+
+    def __init__(self, sizes: NetworkSizes, batch: int, seq: int) -> None:
+        self.sizes, self.batch, self.seq = sizes, batch, seq
+        self.rows = batch * seq
+
+    # -- what is there all the time --------------------------------------------------------------
+
+    def static_parts(self, keeps: Sequence[Keep], embedding_on_host: bool) -> dict[str, int]:
+        """Name -> bytes that do not depend on the batch."""
+        s = self.sizes
+        num_resident = sum(keep.resident for keep in keeps)
+        # Dense weights live in scratch of their own: its padding alone is new.
+        dense_padding = s.num_layers * (s.layer_scratch - self._dense_layer_bytes())
+        return {
+            "weights": s.weights + (0 if embedding_on_host else s.embedding),
+            "gradients and moments": 12 * s.trainable,
+            "scratch": s.layer_scratch if s.quantized else max(dense_padding, 0),
+            "unpacked layers": num_resident * s.layer_scratch,
+            "workspaces": _WORKSPACES,
+        }
+
+    def _dense_layer_bytes(self) -> int:
+        s = self.sizes
+        weights = s.hidden * (s.qkv + s.queries + 3 * s.ffn)
+        return weights * s.element
+
+    # -- what a layer keeps ----------------------------------------------------------------------
+
+    def kept_bytes(self, keep: Keep) -> int:
+        """Bytes a layer keeps from its forward to its backward."""
+        s, rows = self.sizes, self.rows
+        width = 0 if keep.offload else s.hidden
+        width += sum(s.ranks) + s.post_norms * s.hidden  # the output of down_proj
+        width += keep.qkv * s.qkv + keep.attention * s.queries + keep.hidden * s.hidden
+        width += (keep.gate + keep.up) * s.ffn
+        return rows * (width * s.element + keep.attention * self._lse_bytes())
+
+    def _lse_bytes(self) -> int:
+        return 4 * self.sizes.heads
+
+    # -- what a layer holds while it works -------------------------------------------------------
+
+    def forward_bytes(self, keep: Keep) -> int:
+        """The most a layer's forward holds beside its input and what earlier layers keep."""
+        s, rows = self.sizes, self.rows
+        q, o, g, d = s.ranks
+        tile = min(keep.tile_tokens or rows, rows)
+        kept = keep.qkv * s.qkv + keep.attention * s.queries + q + o
+        moments = (
+            rows * (padded(s.hidden + q) + s.qkv + q),
+            rows * (s.qkv + s.queries + padded(s.queries + o) + s.hidden + q + o),
+            rows * (kept + 2 * s.hidden + padded(s.hidden + g)),
+            rows * (kept + 2 * s.hidden + g + d)
+            + tile * (padded(s.hidden + g) + 2 * s.ffn + padded(s.ffn + d))
+            + (tile * s.hidden if tile < rows else 0),
+        )
+        return max(moments) * s.element + rows * self._lse_bytes()
+
+    def backward_bytes(self, keep: Keep) -> int:
+        """The most a layer's backward holds beside what it and earlier layers keep."""
+        s, rows = self.sizes, self.rows
+        q, o, g, d = s.ranks
+        tile = min(keep.tile_tokens or rows, rows)
+        arriving = rows * s.hidden  # dy
+        remade = (not keep.qkv) * s.qkv + (not keep.attention) * s.queries
+        remade_h = (not keep.hidden) * s.hidden
+        into_h = rows * padded(s.hidden + o)  # dh
+        if s.post_norms:
+            into_h += rows * 2 * s.hidden  # h, which is always made again, and its gradient apart
+        to_h = rows * (remade + padded(s.queries + o) + s.hidden)
+        mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g) + padded(s.hidden + g)
+        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + s.ffn)
+        # Attention: do, then dq, dk, dv, and the stacked dqkv.
+        attention = rows * (remade + s.queries + 2 * s.qkv + padded(s.qkv + q)) + into_h
+        end = rows * (padded(s.qkv + q) + 3 * s.hidden) + into_h
+        held = max(to_h, mlp, end, attention)
+        offloaded = rows * 2 * s.hidden if keep.offload else 0  # its input, and the next one ahead
+        return (arriving + held + offloaded) * s.element + rows * self._lse_bytes()
+
+    def head_bytes(self) -> int:
+        """Final norm, gathered rows, their gradient, a chunk of logits."""
+        s = self.sizes
+        chunk = max(CHUNK_BYTES, s.vocab * s.element)
+        return 4 * self.rows * s.hidden * s.element + min(chunk, self.rows * s.vocab * s.element)
+
+    # -- the peak --------------------------------------------------------------------------------
+
+    def parts(self, keeps: Sequence[Keep], embedding_on_host: bool) -> dict[str, int]:
+        """Name -> bytes at the moment of the peak."""
+        parts = self.static_parts(keeps, embedding_on_host)
+        kept, working = self._worst_moment(keeps)
+        return parts | {"kept by layers": kept, "working set": working}
+
+    def peak(self, keeps: Sequence[Keep], embedding_on_host: bool) -> int:
+        """Bytes at the worst moment of a step."""
+        return sum(self.parts(keeps, embedding_on_host).values())
+
+    def _worst_moment(self, keeps: Sequence[Keep]) -> tuple[int, int]:
+        """(kept, working) bytes where their sum is largest."""
+        s = self.sizes
+        per_keep = {keep: self._numbers(keep) for keep in set(keeps)}
+        x = self.rows * s.hidden * s.element
+        leaving = _LEAVING * x if any(keep.offload for keep in keeps) else 0
+        kept, worst = 0, (0, 0)
+        for keep in keeps:
+            own, forward, backward = per_keep[keep]
+            moments = [(kept, forward + x + leaving), (kept + own, backward)]
+            worst = max(worst, *moments, key=sum)
+            kept += own
+        return max(worst, (kept, self.head_bytes() + leaving), key=sum)
+
+    def _numbers(self, keep: Keep) -> tuple[int, int, int]:
+        return self.kept_bytes(keep), self.forward_bytes(keep), self.backward_bytes(keep)

@@ -1,0 +1,182 @@
+"""Trackers as callbacks: tensorboard, wandb, trackio, mlflow. Each library is imported when a run
+asks for it by name, and none is needed otherwise.
+
+A tracker that fails while a run goes on (a network that is gone, a full disk) is reported once and
+left out from then on: no curve on a web page is worth a training run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sloth.train.callbacks import Callback
+from sloth.train.records import EvalRecord, StepRecord
+
+DEFAULT_PROJECT = "sloth"
+GIB = 2**30
+
+
+def step_metrics(record: StepRecord) -> dict[str, float]:
+    """Names and numbers of a step, the same in every tracker."""
+    return {
+        "train/loss": record.loss,
+        "train/lr": record.lr,
+        "train/grad_norm": record.grad_norm,
+        "train/epoch": record.epoch,
+        "train/tokens_per_second": record.tokens_per_second,
+        "train/memory_gib": record.memory_bytes / GIB,
+        "train/skipped": float(record.skipped),
+    }
+
+
+def eval_metrics(record: EvalRecord) -> dict[str, float]:
+    """Names and numbers of an evaluation."""
+    if record.loss is None or record.perplexity is None:
+        return {}
+    return {"eval/loss": record.loss, "eval/perplexity": record.perplexity}
+
+
+class TensorBoard(Callback):
+    """Event files in <output>/tensorboard."""
+
+    def start(self, output: Path, settings: dict[str, Any]) -> None:
+        module = importlib.import_module("torch.utils.tensorboard")
+        self._writer = module.SummaryWriter(str(output / "tensorboard"))
+        self._writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+
+    def step(self, record: StepRecord) -> None:
+        self._write(step_metrics(record), record.step)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self._write(eval_metrics(record), record.step)
+        for number, (prompt, answer) in enumerate(record.samples):
+            self._writer.add_text(f"sample/{number}", f"{prompt}\n\n{answer}", record.step)
+
+    def finish(self, error: BaseException | None) -> None:
+        self._writer.close()
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+class Wandb(Callback):
+    """A run that a resumed training continues, as its id comes from the output folder."""
+
+    module = "wandb"
+
+    def __init__(self, project: str | None) -> None:
+        self._project = project or DEFAULT_PROJECT
+
+    def start(self, output: Path, settings: dict[str, Any]) -> None:
+        self._library = importlib.import_module(self.module)
+        self._library.init(
+            project=self._project, name=output.name, config=settings, **self._continued(output)
+        )
+
+    def step(self, record: StepRecord) -> None:
+        self._library.log(step_metrics(record), step=record.step)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        samples = {f"sample/{n}": answer for n, (_, answer) in enumerate(record.samples)}
+        self._library.log({**eval_metrics(record), **samples}, step=record.step)
+
+    def finish(self, error: BaseException | None) -> None:
+        self._library.finish()
+
+    def _continued(self, output: Path) -> dict[str, Any]:
+        identity = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+        return {"id": identity, "resume": "allow", "dir": str(output)}
+
+
+class Trackio(Wandb):
+    """trackio speaks wandb's init, log and finish; a run is continued by its name."""
+
+    module = "trackio"
+
+    def _continued(self, output: Path) -> dict[str, Any]:
+        return {"resume": "allow"}
+
+
+class MLflow(Callback):
+    """Parameters and metrics of a run in the experiment named like the project."""
+
+    def __init__(self, project: str | None) -> None:
+        self._project = project or DEFAULT_PROJECT
+
+    def start(self, output: Path, settings: dict[str, Any]) -> None:
+        self._library = importlib.import_module("mlflow")
+        self._library.set_experiment(self._project)
+        self._library.start_run(run_name=output.name)
+        self._library.log_params(settings)
+
+    def step(self, record: StepRecord) -> None:
+        self._library.log_metrics(step_metrics(record), step=record.step)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self._library.log_metrics(eval_metrics(record), step=record.step)
+
+    def finish(self, error: BaseException | None) -> None:
+        self._library.end_run("FINISHED" if error is None else "FAILED")
+
+
+class Guarded(Callback):
+    """Passes every moment on until one fails; then says so and is silent."""
+
+    def __init__(self, name: str, inner: Callback, notice: Callable[[str], None]) -> None:
+        self._name, self._inner, self._notice = name, inner, notice
+        self._is_working = False
+
+    def start(self, output: Path, settings: dict[str, Any]) -> None:
+        self._is_working = True
+        self._pass_on(lambda: self._inner.start(output, settings))
+
+    def step(self, record: StepRecord) -> None:
+        self._pass_on(lambda: self._inner.step(record))
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self._pass_on(lambda: self._inner.evaluation(record))
+
+    def saved(self, step: int, folder: Path) -> None:
+        self._pass_on(lambda: self._inner.saved(step, folder))
+
+    def finish(self, error: BaseException | None) -> None:
+        self._pass_on(lambda: self._inner.finish(error))
+
+    def _pass_on(self, call: Callable[[], None]) -> None:
+        if not self._is_working:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._is_working = False
+            self._notice(f"WARNING: {self._name} failed and is left out from here on: {error}")
+
+
+# name -> what makes the callback of a project, and the package to install
+_TRACKERS: dict[str, tuple[Callable[[str | None], Callback], str]] = {
+    "tensorboard": (lambda project: TensorBoard(), "tensorboard"),
+    "wandb": (Wandb, "wandb"),
+    "trackio": (Trackio, "trackio"),
+    "mlflow": (MLflow, "mlflow"),
+}
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError, before anything is loaded, for a library that is not installed."""
+    for name in names:
+        package = _TRACKERS[name][1]
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"trackers: {name} is not installed; pip install {package}")
+
+
+def build_trackers(
+    names: Sequence[str], project: str | None, notice: Callable[[str], None]
+) -> list[Callback]:
+    """The callbacks of these names."""
+    return [Guarded(name, _TRACKERS[name][0](project), notice) for name in names]

@@ -1,0 +1,225 @@
+"""Plans: what they choose, that they change no gradient, and that their predictions hold."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sloth
+from sloth.errors import BudgetTooSmall, KernelUnavailable
+from sloth.kernels.context import POLICIES, Keep
+from sloth.models.llama import LlamaConfig, LlamaDecoder
+from sloth.planning import Planner, estimate
+from sloth.quant.linear4bit import Linear4bit
+from sloth.train.memory import FRAGMENTATION, extra_seconds, make_plan
+from sloth.train.step_memory import NetworkSizes, StepMemory
+from tests import tolerance
+from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
+from tests.test_lora import randomised
+
+TOKENS = torch.randint(3, 160, (2, 40), generator=torch.Generator().manual_seed(5))
+# Llama-3.1-8B with LoRA r=16 on all projections, NF4, bf16.
+SIZES_8B = NetworkSizes(
+    num_layers=32,
+    hidden=4096,
+    qkv=6144,
+    queries=4096,
+    heads=32,
+    ffn=14336,
+    vocab=128256,
+    ranks=(64, 64, 64, 64),
+    element=2,
+    weights=int(4.49 * 2**30),
+    embedding=128256 * 4096 * 2,
+    embedding_stays=False,
+    quantized=True,
+    trainable=41_943_040,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("planning") / "base", **WHOLE_BLOCKS)
+
+
+@pytest.mark.parametrize("shape", [(4, 2048), (1, 8192), (1, 32768)])
+def test_more_memory_never_costs_time(shape: tuple[int, int]) -> None:
+    def extra(budget: float) -> float:
+        plan = make_plan(SIZES_8B, *shape, budget)
+        return sum(extra_seconds(SIZES_8B, shape[1], keep) for keep in plan.keeps)
+
+    times = [extra(float(gib)) for gib in range(10, 130, 4)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] > 0 and times[-1] == 0
+
+
+@pytest.mark.parametrize("budget", [8.05, 9.0, 12.0, 16.0, 24.0, 36.0])
+def test_a_plan_that_fits_is_predicted_to_fit(budget: float) -> None:
+    plan = make_plan(SIZES_8B, 4, 2048, budget)
+    room = budget * (1 - FRAGMENTATION)
+    assert plan.fits and plan.predicted_gib <= room
+    assert plan.predicted_gib == pytest.approx(sum(plan.parts.values()))
+    # What is left over could not have bought another step up.
+    assert plan.predicted_gib > room - 0.75 or all(keep.up for keep in plan.keeps)
+
+
+def test_later_layers_keep_more() -> None:
+    keeps = make_plan(SIZES_8B, 4, 2048, 16.0).keeps
+    order = list(POLICIES.values())
+    ranks = [order.index(replace(keep, resident=False, offload=False)) for keep in keeps]
+    assert ranks == sorted(ranks) and ranks[0] < ranks[-1]
+
+
+def test_attention_is_kept_first_at_long_contexts() -> None:
+    keeps = make_plan(SIZES_8B, 1, 32768, 20.0).keeps
+    assert sum(keep.attention for keep in keeps) > sum(keep.gate for keep in keeps)
+
+
+def test_measures_come_in_the_order_of_their_cost() -> None:
+    def measures(budget: float) -> tuple[bool, bool]:
+        plan = make_plan(SIZES_8B, 4, 2048, budget)
+        return plan.keeps[0].offload, plan.embedding_on_host
+
+    assert measures(60.0) == (False, False)
+    assert measures(8.5)[0] and measures(7.1) == (True, True)
+    tied = replace(SIZES_8B, embedding_stays=True)
+    assert not make_plan(tied, 4, 2048, 7.1).embedding_on_host
+
+
+def plan_everything(model: sloth.Model, keep: Keep) -> None:
+    model.network.planner = lambda batch, seq: [keep] * len(model.network.specs)
+
+
+def gradients(model: sloth.Model, tokens: Tensor) -> dict[str, Tensor]:
+    model.network.zero_grad(set_to_none=True)
+    model.loss(tokens, tokens).backward()
+    found = model.network.named_parameters()
+    return {name: p.grad.clone() for name, p in found if p.grad is not None}
+
+
+VARIANTS = {
+    **POLICIES,
+    "tiled": replace(POLICIES["P2"], tile_tokens=16),
+    "offload": replace(POLICIES["P1"], offload=True),
+    "offload_all_else_kept": Keep(offload=True),
+    "resident": Keep(resident=True),
+}
+
+
+def assert_keeping_changes_no_gradient(folder: Path, device: str, dtype: str) -> None:
+    model = sloth.load(folder, quant="nf4", device=device, dtype=dtype)
+    randomised(model.add_lora(sloth.LoraConfig(r=8)))
+    plan_everything(model, Keep())
+    expected = gradients(model, TOKENS)
+    assert len(expected) == 2 * 7 * len(model.network.specs)
+    for name, keep in VARIANTS.items():
+        plan_everything(model, keep)
+        for _ in range(2):  # the second time buffers are used again
+            actual = gradients(model, TOKENS)
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                actual[key], value, **tolerance.same_maths(torch.float32), msg=f"{name}: {key}"
+            )
+
+
+def test_keeping_less_changes_no_gradient(folder: Path) -> None:
+    assert_keeping_changes_no_gradient(folder, "cpu", "float32")
+
+
+@pytest.mark.gpu
+def test_keeping_less_changes_no_gradient_on_a_gpu(folder: Path) -> None:
+    assert_keeping_changes_no_gradient(folder, "cuda", "float32")
+
+
+def test_plan_of_a_loaded_model(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    free = model.plan(batch=2, seq=40)
+    assert free.budget_gib is None and all(keep == Keep() for keep in free.keeps)
+    smallest = make_plan(NetworkSizes.of(model.network), 2, 40, 1e-4).predicted_gib
+    tight = model.plan(
+        batch=2, seq=40, memory_gib=(smallest + free.predicted_gib) / 2 / (1 - FRAGMENTATION)
+    )
+    assert tight.predicted_gib < free.predicted_gib and tight.keeps != free.keeps
+    assert "GiB predicted" in str(tight)
+    model.loss(TOKENS, TOKENS).backward()
+    with pytest.raises(BudgetTooSmall, match="at least"):
+        model.plan(batch=2, seq=40, memory_gib=1e-4)
+    with pytest.raises(ValueError, match="at least one row"):
+        model.plan(batch=0, seq=40)
+
+
+def test_a_new_shape_is_planned_by_itself(folder: Path, monkeypatch: Any) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    shapes = []
+    plan = Planner.plan
+    monkeypatch.setattr(
+        Planner,
+        "plan",
+        lambda self, batch, seq: (shapes.append((batch, seq)), plan(self, batch, seq))[1],
+    )
+    for rows in (TOKENS, TOKENS, TOKENS[:1], TOKENS[:, :30]):
+        model.loss(rows, rows)
+    assert shapes == [(2, 256), (1, 256)]
+
+
+def test_only_the_fused_level_plans(folder: Path) -> None:
+    model = sloth.load(folder, device="cpu", level="ops")
+    with pytest.raises(KernelUnavailable, match="fused"):
+        model.plan(batch=1, seq=8)
+
+
+def test_embedding_may_wait_in_host_memory(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    expected = model.loss(TOKENS, TOKENS)
+    model._planner._move_embedding("cpu")
+    assert torch.equal(model.loss(TOKENS, TOKENS), expected)
+
+
+def test_estimate_reads_no_weights_and_agrees_with_the_loaded_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    predicted = estimate(tmp_path, seq=256, batch=2, quant="nf4", dtype="float32")
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    assert predicted.predicted_gib == model.plan(batch=2, seq=256).predicted_gib
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("share", [1.2, 0.8, 0.55])
+def test_predicted_peak_is_within_five_percent(quantized: bool, share: float) -> None:
+    config = LlamaConfig.from_hf(
+        {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
+        | {"num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4}
+    )
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with torch.device("cuda"):
+        network = LlamaDecoder(
+            config,
+            lambda path, i, o, b: (Linear4bit if quantized else sloth.linear.Linear)(i, o, b),
+        )
+    network.bfloat16()
+    for module in network.modules():
+        if isinstance(module, Linear4bit):
+            module.quantize_(torch.randn(module.out_features, module.in_features, device="cuda"))
+    model = sloth.Model(network, {}, None, name="random", is_quantized=quantized, frozen_base=True)
+    model.add_lora(sloth.LoraConfig(r=16))
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, fused=True)
+    tokens = torch.randint(32000, (2, 4096), device="cuda")
+    whole = StepMemory(NetworkSizes.of(network), 2, 4096).peak([Keep()] * 6, False) / 2**30
+    plan = model.plan(batch=2, seq=4096, memory_gib=whole * share / (1 - FRAGMENTATION))
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(tokens, tokens).backward()
+        optimizer.step()
+    measured = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert abs(plan.predicted_gib / measured - 1) < 0.05, (plan.predicted_gib, measured)

@@ -1,0 +1,226 @@
+"""Held-out loss and perplexity, samples, early stopping, the best weights; and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sloth
+from sloth.lora_config import LoraConfig
+from sloth.quant.linear4bit import Linear4bit
+from sloth.train import evaluate, trainer
+from sloth.train.callbacks import Callback
+from sloth.train.checkpoint import read_tensors
+from sloth.train.data import load_data
+from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed_loss
+from sloth.train.records import EvalRecord
+from sloth.train.trainer import Trainer
+from tests import tolerance
+from tests.oracles import save_tiny_llama
+from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
+from tests.train.runs import train, weights
+
+NAN = math.nan
+
+
+def evaluated(tmp_path, monkeypatch, losses, **settings):
+    """A run whose evaluations give these losses."""
+    left = iter(losses)
+    monkeypatch.setattr(trainer, "summed_loss", lambda *rest: next(left))
+    return train(tmp_path / "run", eval_data=ROWS[:3], eval_steps=1, **settings)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_token_loss(tmp_path, capsys):
+    model, report = train(tmp_path / "run", eval_data=ROWS[:5])
+    data = load_data(ROWS[:5], model.tokenizer, 2048)
+    model.network.eval()
+    with torch.no_grad():
+        sums = [
+            model.loss(torch.tensor([e.tokens]), torch.tensor([e.labels]), num_trained=1).item()
+            for e in data.examples
+        ]
+    expected = sum(sums) / data.counts.trained_tokens
+    (row,) = [r for r in events(tmp_path / "run") if r["event"] == "eval"]
+    torch.testing.assert_close(report.eval_losses[6], expected, **tolerance.FP32_SAME_MATHS)
+    assert row["eval_loss"] == report.eval_losses[6]
+    assert row["perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+    assert f"perplexity {row['perplexity']:.4g}" in capsys.readouterr().out
+
+
+def events(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_perplexity_beyond_all_numbers_is_infinite():
+    assert EvalRecord(1, 1e4).perplexity == math.inf
+    assert EvalRecord(1, None).perplexity is None
+
+
+def test_best_step_and_patience_are_functions_of_what_was_measured():
+    assert best_step({}) is None and best_step({1: NAN}) is None
+    losses = {1: 3.0, 2: 2.0, 3: NAN, 4: 2.0, 5: 2.5}
+    assert best_step(losses) == 2
+    assert [has_stalled(losses, n) for n in (None, 4, 3, 2)] == [False, False, True, True]
+    assert has_stalled({1: NAN, 2: NAN}, 2) and not has_stalled({}, 1)
+
+
+def test_run_stops_when_patience_runs_out(tmp_path, monkeypatch):
+    _, report = evaluated(tmp_path, monkeypatch, [4.0, 2.0, 3.0, NAN, 9.0], patience=2)
+    assert report.stopped_early and len(report.losses) == 4 and report.best_step == 2
+    assert report.paths["checkpoint"].name == "step-000004"
+    _, again = train(tmp_path / "run", resume=True, eval_data=ROWS[:3], eval_steps=1, patience=2)
+    assert again.losses == report.losses
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_best_weights_are_published_when_asked_for(tmp_path, monkeypatch, load_best):
+    model, report = evaluated(
+        tmp_path, monkeypatch, [4.0, 2.0, 3.0, 3.0, 3.0, 3.0], load_best=load_best
+    )
+    best = read_tensors(tmp_path / "run" / "step-000002", "trainable")
+    held = weights(model)
+    assert all(torch.equal(held[name], tensor) for name, tensor in best.items()) == load_best
+    assert ("best" in report.paths) == load_best
+
+
+def test_samples_are_greedy_answers_in_the_log(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def answers(network, ids, num_tokens, stop_ids):
+        assert not network.training
+        asked.append((ids, num_tokens, stop_ids))
+        yield [FakeTokenizer().encode("o", False)[0], FakeTokenizer().encode("n", False)[0]]
+        yield [FakeTokenizer().encode("k", False)[0], None]
+
+    monkeypatch.setattr(evaluate, "generate_tokens", answers)
+    prompts = ["is it\nso?", "really"]
+    train(tmp_path / "run", sample_prompts=prompts, sample_tokens=7, eval_steps=4)
+    assert "  is it\\nso? -> ok\n  really -> n\n" in capsys.readouterr().out
+    looks = [row for row in events(tmp_path / "run") if row["event"] == "eval"]
+    assert [row["step"] for row in looks] == [4, 6]
+    assert looks[0]["samples"][0] == {"prompt": "is it\nso?", "answer": "ok"}
+    assert "eval_loss" not in looks[0]
+    ids, num_tokens, stop_ids = asked[0]
+    text = FakeTokenizer().decode(ids[1], skip_special_tokens=False)
+    assert text == "<s><|start|>user\nreally<|end|>\n<|start|>assistant\n"
+    assert (num_tokens, stop_ids) == (7, (3, 1))
+
+
+# -- on a real model: what it holds ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("evaluate") / "base")
+
+
+def load(folder, **settings):
+    model = sloth.load(folder, device="cpu", **settings)
+    model._tokenizer = FakeTokenizer()
+    return model
+
+
+def test_samples_of_a_real_model_are_what_it_generates_and_leave_codes_packed(folder, monkeypatch):
+    model = load(folder, quant="nf4")
+    model.network.train()
+    dense = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Linear4bit, "keep_dense", lambda self, dtype: dense.append(dtype))
+        answers = sample_answers(model.network, model.tokenizer, ["hi", "hello you"], 5)
+    assert not dense and model.network.training
+    asked = [[{"role": "user", "content": text}] for text in ("hi", "hello you")]
+    assert [answer for _, answer in answers] == model.generate(asked, max_new_tokens=5)
+
+
+class Watch(TorchDispatchMode):
+    """The most bytes of results alive at once, the most rows of one as wide as the vocabulary."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.alive: dict[int, int] = {}
+        self.peak_bytes = self.rows_of_logits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        weakref.finalize(tensor, self.alive.pop, key, None)
+        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
+        if tensor.shape[-1:] == (self.vocab_size,):
+            self.rows_of_logits = max(self.rows_of_logits, tensor.numel() // self.vocab_size)
+
+
+def test_evaluation_holds_less_than_a_training_step_and_no_logits(folder):
+    """Row 16: logits exist of trained tokens only, in chunks; never of all tokens."""
+    model = load(folder).add_lora(LoraConfig(r=4))
+    run = Trainer(model, ROWS, batch_size=4, eval_data=ROWS)
+    batch = run._batch(run.data, [0, 2, 5, 9])
+    model.network.train()
+    with Watch(model.config.vocab_size) as training:
+        run._loss(batch, batch.num_trained).backward()
+    with Watch(model.config.vocab_size) as looking:
+        summed_loss([[0, 2, 5, 9]], lambda rows: run._loss(batch, batch.num_trained), model.network)
+    assert looking.peak_bytes <= training.peak_bytes
+    assert 0 < looking.rows_of_logits <= batch.num_trained < batch.tokens.numel()
+
+
+def test_evaluation_draws_nothing_and_keeps_the_mode():
+    model = FakeModel().add_lora(LoraConfig(r=2, dropout=0.5))
+    run = Trainer(model, ROWS, eval_data=ROWS)
+    model.network.train()
+    before = torch.get_rng_state()
+    losses = [
+        summed_loss(
+            [[0], [1]], lambda rows: run._loss(run._batch(run.data, rows), 3), model.network
+        )
+        for _ in range(2)
+    ]
+    assert losses[0] == losses[1] and model.network.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"quant": "nf4"}], ids=["dense", "nf4"])
+def test_evaluation_peaks_below_training_on_a_gpu(folder, tmp_path, settings):
+    """Row 16, as the allocator sees it: losses and samples included, held-out rows longer."""
+    peaks = {}
+
+    class Peak(Callback):
+        def step(self, record):
+            peaks["train"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+        def evaluation(self, record):
+            peaks["eval"] = torch.cuda.max_memory_allocated()
+
+    model = sloth.load(folder, device="cuda", **settings)
+    model._tokenizer = FakeTokenizer()
+    model.tokenizer.decode = lambda ids, **rest: str(ids)  # an untrained model answers anything
+    long = [{"prompt": "hi " * 60, "completion": "yo" * 60} for _ in range(16)]
+    model.train(
+        long,
+        output=tmp_path / "run",
+        max_steps=1,
+        batch_size=8,
+        lora=LoraConfig(r=4),
+        eval_data=[{**row, "completion": "yo" * 70} for row in long],
+        sample_prompts=["hi"],
+        callbacks=[Peak()],
+    )
+    assert 0 < peaks["eval"] <= peaks["train"]

@@ -1,0 +1,103 @@
+"""Two processes: the curve of one, resume, and what fails in one ends both at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sloth.lora_config import LoraConfig
+from sloth.train.ranks import Ranks
+from tests import tolerance
+from tests.train.fakes import ROWS
+from tests.train.runs import ROOT, SETTINGS, train
+
+LONGEST_S = 60
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Scenario -> what rank 0 and rank 1 saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "tests.train.rank_script", str(folder)]
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=LONGEST_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert time.monotonic() - began < LONGEST_S
+    seen = [
+        dict(json.loads(line) for line in out.splitlines() if line.startswith('["'))
+        for out, _ in outputs
+    ]
+    return {name: [one[name] for one in seen] for name in seen[0] if name in seen[1]}
+
+
+def test_two_ranks_give_the_curve_of_one(told, tmp_path):
+    """Row 1: losses, evaluation and weights, with rows of very different lengths."""
+    model, report = train(tmp_path / "one", lora=LoraConfig(r=4), eval_data=ROWS[:5], eval_steps=3)
+    first, second = told["straight"]
+    assert first == second
+    losses, eval_losses, weights = first
+    torch.testing.assert_close(losses, report.losses, **tolerance.FP32_SAME_MATHS)
+    expected = {str(step): loss for step, loss in report.eval_losses.items()}
+    torch.testing.assert_close(eval_losses, expected, **tolerance.FP32_SAME_MATHS)
+    alone = [p.double().sum().item() for p in model.network.parameters()]
+    torch.testing.assert_close(weights, alone, **tolerance.FP32_CHAIN)
+
+
+def test_two_ranks_resume_bitwise_with_dropout_of_their_own(told):
+    """Row 12. The first dies of its callback, the other of that."""
+    assert told["died"] == ["Stopped", "RankFailed"]
+    assert told["resumed"] == told["dropout"]
+    assert told["dropout"][0] == told["dropout"][1]
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):
+    assert told["signal"] == [["Interrupted", 143], ["Interrupted", 143]]
+
+
+@pytest.mark.parametrize("place", ["data", "step", "save"])
+def test_a_rank_that_fails_ends_the_others(told, place):
+    """Row 30. The whole file's processes end within a minute, so nobody hangs."""
+    assert [outcome[0] for outcome in told[f"{place} 1"]] == (
+        ["RankFailed", "Mine"] if place != "save" else [told["dropout"][0][0]] * 2
+    )
+    assert [outcome[0] for outcome in told[f"{place} 0"]] == ["Mine", "RankFailed"]
+
+
+def test_alone_nothing_is_exchanged():
+    alone = Ranks(torch.device("cpu"))
+    assert alone.share([3, 1, 2]) == [3, 1, 2] and alone.tell("x") == "x"
+    assert alone.agree(lambda: [2.0, 3.0], 2) == [2.0, 3.0]
+    assert SETTINGS["max_steps"] == 6

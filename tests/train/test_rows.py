@@ -1,0 +1,260 @@
+"""Formats: every one is told by its fields, named, and comes to the same conversation or text."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from sloth.errors import DataError
+from sloth.train.data import load_data
+from sloth.train.rows import Chat, Completion, Text, is_empty, kind_of, map_columns, read_row
+from sloth.train.sources import has_split, open_rows
+from tests.train.fakes import FakeTokenizer
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+MESSAGES = [user("ask"), assistant("yes")]
+SHAREGPT = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "yes"}]
+ALPACA = {"instruction": "ask", "input": "", "output": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "content"),
+    [
+        ({"messages": MESSAGES}, "messages", Chat(MESSAGES)),
+        ({"conversations": MESSAGES, "id": 3}, "messages", Chat(MESSAGES)),
+        ({"messages": json.dumps(MESSAGES)}, "messages", Chat(MESSAGES)),
+        ({"conversations": SHAREGPT}, "sharegpt", Chat(MESSAGES)),
+        ({"messages": SHAREGPT}, "sharegpt", Chat(MESSAGES)),
+        (ALPACA, "alpaca", Chat(MESSAGES, first_trained=1)),
+        (
+            {**ALPACA, "input": "this", "text": "all of it"},
+            "alpaca",
+            Chat([user("ask\n\nthis"), MESSAGES[1]], first_trained=1),
+        ),
+        (
+            {"prompt": "ask", "completion": "yes"},
+            "prompt/completion",
+            Completion("ask", "yes"),
+        ),
+        (
+            {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+            "prompt/completion",
+            Chat(MESSAGES, first_trained=1),
+        ),
+        ({"text": "ask", "url": "x"}, "text", Text("ask")),
+    ],
+)
+def test_format_is_told_by_the_fields(row, kind, content):
+    assert kind_of(row, "data[0]") == kind
+    assert read_row(row, "data[0]", has_template=True) == (kind, content)
+
+
+def test_alpaca_without_a_template_is_a_prompt_and_a_completion():
+    row = {**ALPACA, "input": "this", "system": "be kind"}
+    _, content = read_row(row, "", has_template=False)
+    assert content == Completion("be kind\n\nask\n\nthis\n\n", "yes")
+
+
+def test_a_system_column_opens_the_conversation():
+    system = {"role": "system", "content": "be kind"}
+    for row in (
+        {"conversations": SHAREGPT, "system": "be kind"},
+        {**ALPACA, "system": "be kind"},
+    ):
+        assert read_row(row, "", True)[1].messages == [system, *MESSAGES]
+
+
+def test_calls_and_parts_come_in_the_form_that_templates_read():
+    """OpenAI keeps a call's arguments as JSON text, ShareGPT a whole call; Parquet adds nulls."""
+    function = {"name": "rain", "arguments": '{"city": "Oslo"}'}
+    called = {"name": "rain", "arguments": {"city": "Oslo"}}
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Rain?"}], "tool_calls": None},
+            assistant(None, tool_calls=[{"type": "function", "function": function}]),
+            {"role": "tool", "content": "yes", "tool_calls": None},
+        ],
+        "tools": json.dumps([{"type": "function"}]),
+    }
+    _, chat = read_row(row, "", True)
+    assert chat.tools == [{"type": "function"}]
+    assert chat.messages == [
+        user("Rain?"),
+        assistant(None, tool_calls=[{"type": "function", "function": called}]),
+        {"role": "tool", "content": "yes"},
+    ]
+    turns = [SHAREGPT[0], {"from": "function_call", "value": json.dumps(called)}]
+    _, chat = read_row({"conversations": turns}, "", True)
+    assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": called}]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [{"from": "me", "value": "a"}]}, r"conversations\[0\].from: expected"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, r"conversations\[0\].value: expected a"),
+        ({"messages": [user([{"type": "image_url"}])]}, r"content: expected parts of type text"),
+        ({"messages": MESSAGES, "tools": "{"}, r"tools: expected JSON"),
+        ({**ALPACA, "output": None}, r"output: expected a text, got null"),
+        (
+            {"chosen": MESSAGES, "rejected": MESSAGES},
+            r'preference pair.*columns={"messages": "chosen"}',
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            r'columns={"prompt": "prompt", "completion": "chosen"}',
+        ),
+        ({"chosen": "b"}, r"'rejected' is missing"),
+    ],
+)
+def test_what_cannot_be_read_says_where_and_what_was_expected(row, said):
+    with pytest.raises(DataError, match=rf"^data\[0\].*{said}"):
+        read_row(row, "data[0]", True)
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "a", "answer": "b"}, {"prompt": "question", "completion": "answer"}),
+        ({"id": 3, "Query": "a", "Response": "b"}, {"prompt": "Query", "completion": "Response"}),
+        ({"dialog": MESSAGES, "id": "x"}, {"messages": "dialog"}),
+        ({"body": "a", "n": 1}, {"text": "body"}),
+        ({"links": "a", "rechts": "b"}, {"prompt": "links", "completion": "rechts"}),
+    ],
+)
+def test_unknown_columns_are_named_with_a_mapping_that_works(row, mapping):
+    with pytest.raises(DataError) as caught:
+        kind_of(row, "data[0]")
+    assert all(repr(column) in str(caught.value) for column in row)
+    assert str(caught.value).endswith(f"perhaps columns={json.dumps(mapping)}")
+    read_row(map_columns(row, mapping, ""), "", True)
+
+
+def test_columns_are_mapped_and_the_rest_is_left_out():
+    rows = [{"q": "ask", "a": "yes", "messages": "not these"}]
+    data = load_data(rows, FakeTokenizer(), 99, columns={"prompt": "q", "completion": "a"})
+    assert data.counts.kinds == {"prompt/completion": 1}
+    with pytest.raises(DataError, match=r"data\[0\]: no column 'b'.*columns are 'q', 'a', 'messa"):
+        load_data(rows, FakeTokenizer(), 99, columns={"prompt": "q", "completion": "b"})
+    with pytest.raises(ValueError, match="unknown field in columns 'promt'; did you mean 'prompt'"):
+        load_data(rows, FakeTokenizer(), 99, columns={"promt": "q"})
+
+
+def test_blank_answers_are_counted():
+    assert is_empty(Text(" \n")) and is_empty(Completion("a", " "))
+    assert is_empty(Chat([user("a"), assistant(" ")]))
+    assert not is_empty(Chat([user("a"), assistant(None, tool_calls=[1])]))
+    counts = load_data([{"prompt": "a", "completion": " "}, ALPACA], FakeTokenizer(), 99).counts
+    assert counts.empty == 1 and "1 rows have a blank answer" in counts.warnings()
+
+
+# -- where rows come from --------------------------------------------------------------------------
+
+PAIRS = [{"prompt": f"ask {n}", "completion": f'yes, "{n}"\nor no'} for n in range(2500)]
+
+
+def written(folder, suffix):
+    file = folder / f"train{suffix}"
+    lines = [json.dumps(row) for row in PAIRS]
+    if suffix in (".jsonl", ".ndjson"):
+        file.write_text("\n".join(lines))
+    elif suffix == ".json":
+        file.write_text(f"\ufeff [ {' ,'.join(lines)} ]\n", encoding="utf-8")
+    elif suffix in (".csv", ".tsv"):
+        import csv
+
+        with file.open("w", newline="") as stream:
+            table = csv.DictWriter(
+                stream, ["prompt", "completion"], delimiter="\t" if suffix == ".tsv" else ","
+            )
+            table.writeheader()
+            table.writerows(PAIRS)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(PAIRS), file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr("sloth.train.sources._CHUNK_BYTES", 1000)  # rows across chunks
+    file = written(tmp_path, suffix)
+    assert [row for _, row in open_rows(file).read()] == PAIRS
+    assert [row for _, row in open_rows(tmp_path).read()] == PAIRS
+
+
+def test_text_files_lists_of_strings_and_splits(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\r\n\n  two\n")
+    assert [row for _, row in open_rows(file).read()] == [{"text": "one"}, {"text": "  two"}]
+    assert list(open_rows(["one"]).read()) == [("data[0]", {"text": "one"})]
+    splits = {"train": PAIRS, "validation": PAIRS[:2]}
+    assert [row for _, row in open_rows(splits).read()] == PAIRS
+    assert [row for _, row in open_rows(splits, split="valid").read()] == PAIRS[:2]
+    assert has_split(splits, "valid") and not has_split(PAIRS, "valid")
+
+
+def test_a_datasets_dataset_is_read_by_iterating_it():
+    """It is an iterable of dicts that can be read twice; the library itself is not needed."""
+
+    class Dataset:
+        column_names = ["prompt", "completion"]
+
+        def __iter__(self):
+            return iter(PAIRS[:3])
+
+    rows = open_rows(Dataset())
+    assert rows.can_reread and not open_rows(iter(PAIRS)).can_reread
+    assert load_data(Dataset(), FakeTokenizer(), 99).counts.examples == 3
+
+
+def test_a_folder_gives_sharded_train_and_valid(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in (0, 1):
+        name = f"train-{number:05d}-of-00002.jsonl"
+        (tmp_path / "data" / name).write_text(json.dumps(PAIRS[number]))
+    (tmp_path / "data" / "validation.jsonl").write_text(json.dumps(PAIRS[2]))
+    assert [row for _, row in open_rows(tmp_path).read()] == PAIRS[:2]
+    assert [row for _, row in open_rows(tmp_path, split="valid").read()] == PAIRS[2:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json\[1\]: expected ','"),
+        ("a.json", b'[{"text": "a"}', "the JSON list has no end"),
+        ("a.json", b'[{"text": "a}]', r"a\.json\[0\]: not valid JSON"),
+        ("a.json", b"[" * 100_000, "nested too deeply|not valid JSON"),
+        ("a.json", b'[{"text": "\xff"}]', "not UTF-8"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.csv", b"text\na,b\n", r"a\.csv:2: expected 1 columns"),
+        ("a.csv", b'text\n"a', r"a\.csv:\d: not valid CSV"),
+        ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
+        ("a.doc", b"", r"unknown kind '\.doc'; known: \.jsonl"),
+    ],
+)
+def test_damaged_files_are_refused_with_the_place(tmp_path, name, content, said):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_data(tmp_path / name, FakeTokenizer(), 99)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'sloth-llm\[data\]'"):
+        load_data(tmp_path / "a.parquet", FakeTokenizer(), 99)

@@ -7,6 +7,7 @@ import importlib.util
 import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import torch
 
@@ -47,3 +48,30 @@ def _driver() -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi does not answer: {error}"
     return " ".join(sorted(set(done.stdout.split()))) or f"nvidia-smi fails: {done.stderr.strip()}"
+
+
+def free_host_gib() -> float | None:
+    """Host memory that this process may still take, None where the system does not say."""
+    free = [value for value in (_available_bytes(), _group_bytes()) if value is not None]
+    return min(free) / GIB if free else None
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _group_bytes() -> int | None:
+    """What a container's limit leaves (cgroup v2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (
+            (group / f"memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+    except OSError:
+        return None
+    return int(limit) - int(used) if limit.isdigit() else None

@@ -20,12 +20,15 @@ from sloth.kernels.context import Keep
 from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
 from sloth.lora_config import LoraConfig
+from sloth.machine import free_host_gib
 from sloth.models import ARCHITECTURES
 from sloth.models.decoder import Decoder
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train.memory import Plan, free_budget_gib, make_plan
 from sloth.train.step_memory import NetworkSizes
 
+# Of the host's free memory, what a plan may pin.
+_HOST_SHARE = 0.6
 # Lengths are planned for in steps of it, so that rows of many lengths share their plans.
 _BUCKET_TOKENS = 256
 
@@ -62,7 +65,7 @@ class Planner:
         """
         if self._sizes is None:
             self._sizes = NetworkSizes.of(self.network)
-        plan = make_plan(self._sizes, batch, seq, self._budget_gib())
+        plan = make_plan(self._sizes, batch, seq, self._budget_gib(), _host_gib())
         if self.memory_gib is not None and not plan.fits:
             raise too_small(plan)
         self._plans[batch, seq] = plan = self._with_steady_residents(plan)
@@ -97,6 +100,11 @@ class Planner:
         weight.data = weight.data.to(device)
 
 
+def _host_gib() -> float | None:
+    free = free_host_gib()
+    return None if free is None else _HOST_SHARE * free
+
+
 def too_small(plan: Plan) -> BudgetTooSmall:
     """The error for a plan that does not fit its budget."""
     return BudgetTooSmall(
@@ -129,7 +137,7 @@ def estimate(
     if memory_gib is None and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         memory_gib = free_budget_gib(free, 0, 0, None)
-    return make_plan(NetworkSizes.of(network), batch, seq, memory_gib)
+    return make_plan(NetworkSizes.of(network), batch, seq, memory_gib, _host_gib())
 
 
 def _on_meta(

@@ -19,7 +19,7 @@ MAX_LINES = 400
 # is a module or a package of sloth; names on one line may import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth",),  # __init__: names only, resolved on first use
-    ("sloth.errors", "sloth.lora_config", "sloth.dtypes"),
+    ("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine"),
     ("sloth.kernels",),
     ("sloth.linear",),
     ("sloth.quant",),
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth.exporting", "sloth.exporting_gguf", "sloth.planning"),
     ("sloth.model",),
     ("sloth.loading",),
-    ("sloth.machine", "sloth.arguments", "sloth.data_command"),
+    ("sloth.arguments", "sloth.data_command"),
     ("sloth.cli",),
 )
 # Downward by the table, and still not allowed: (importer, imported, why).

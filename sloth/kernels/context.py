@@ -17,7 +17,8 @@ class Keep:
     attention: the attention output and its log-sum-exp. hidden: the residual stream between the two
     halves. qkv: q and k after RoPE, v. gate, up: the two products of the MLP. The output of
     down_proj is never made again, whatever is kept. tile_tokens: rows the MLP works on at a time,
-    None for all; the products are then not kept. offload: the layer's input waits in host memory.
+    None for all; the products are then not kept. offload: the layer's input and what else is kept,
+    but for gate and up, wait in host memory.
     resident: its NF4 matrices stay unpacked instead of being unpacked twice a step.
     """
 

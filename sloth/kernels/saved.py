@@ -11,6 +11,8 @@ from sloth.kernels.layer import FusedLayer
 from sloth.kernels.stacked import Factors, Masks, Stack
 
 _KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
+# Of these, what may wait in host memory.
+_AWAY = ("x", "qkv", "o", "h", "a", "m")
 
 
 class Saved:
@@ -61,11 +63,18 @@ class Saved:
     def store(self, ctx: Any, matrices: Sequence[Tensor | None], offload: bool) -> None:
         """Hand everything to autograd, which refuses LoRA matrices changed in place meanwhile.
 
-        offload: x waits in host memory (a CPU's is there already).
+        offload: what is kept waits in host memory (a CPU's is there already), but for the products
+        of the MLP, which are larger than their copies could keep up with.
         """
-        ctx.stashed = None
+        ctx.stashed, ctx.stashed_names = None, []
         if offload and self.x.is_cuda and any(ctx.needs_input_grad):
-            ctx.stashed, self.x = self._layer.stash.put(self.x), None
+            away = [name for name in _AWAY if getattr(self, name) is not None]
+            if self.o is not None:
+                self.o = self.o.transpose(1, 2)  # [B, T, H, E], as it lies in memory
+            tensors = [getattr(self, name).contiguous() for name in away]
+            ctx.stashed, ctx.stashed_names = self._layer.stash.put(tensors), away
+            for name in away:
+                setattr(self, name, None)
         names, stacks = list(self.lows), list(self.masks)
         masks = [mask for name in stacks for mask in self.masks[name]]
         ctx.save_for_backward(
@@ -91,7 +100,9 @@ class Saved:
         saved.stats = tuple(next(tensors) for _ in range(ctx.num_stats))
         saved._layer = layer
         if ctx.stashed is not None:
-            saved.x = layer.stash.take(ctx.stashed)
+            tensors = layer.stash.take(ctx.stashed)
+            for name, tensor in zip(ctx.stashed_names, tensors, strict=True):
+                setattr(saved, name, tensor.transpose(1, 2) if name == "o" else tensor)
         return saved
 
 

@@ -6,7 +6,7 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     per layer     a policy P1..P6 (`kernels.context.POLICIES`); the later layers get the richer
                   ones, since they are freed first
     the MLP       how many rows at a time, where all of them at once would not fit
-    layer inputs  on the device, or waiting in host memory
+    what is kept  on the device, or (but for gate and up) waiting in host memory
     embedding     on the device or, where it is not the head too, in host memory
     NF4 layers    how many stay unpacked, with memory that is left over
 
@@ -75,13 +75,14 @@ class Plan:
             counts[names[bare]] = counts.get(names[bare], 0) + 1
         layers = ", ".join(f"{name} x {counts[name]}" for name in sorted(counts))
         first = self.keeps[0]
+        kept = "in host memory, but gate and up" if first.offload else "on the device"
         tiles = f"{first.tile_tokens} rows at a time" if first.tile_tokens else "whole"
         budget = "no budget" if self.budget_gib is None else f"budget {self.budget_gib:.2f} GiB"
         lines = [
             f"{self.batch} x {self.seq} tokens: {self.predicted_gib:.2f} GiB predicted, {budget}",
             f"layers        {layers}",
             f"MLP           {tiles}",
-            f"layer inputs  {'in host memory' if first.offload else 'on the device'}",
+            f"kept tensors  {kept}",
             f"embedding     {'in host memory' if self.embedding_on_host else 'on the device'}",
             f"unpacked      {sum(keep.resident for keep in self.keeps)} layers stay so",
         ]
@@ -94,18 +95,21 @@ def make_plan(
     batch: int,
     seq: int,
     budget_gib: float | None,
-    resident_allowed: bool = True,
+    host_gib: float | None = None,
 ) -> Plan:
-    """The fastest plan predicted to fit; the smallest one where none fits (`Plan.fits` says so)."""
+    """The fastest plan predicted to fit; the smallest one where none fits (`Plan.fits` says so).
+
+    host_gib: what may wait in host memory, None for no limit.
+    """
     if batch < 1 or seq < 1:
         raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
-    memory = StepMemory(sizes, batch, seq)
+    memory = StepMemory(sizes, batch, seq, None if host_gib is None else host_gib * GIB)
     if budget_gib is None:
         keeps = [Keep()] * sizes.num_layers
         return _finished(memory, keeps, False, None)
     budget = budget_gib * GIB * (1 - FRAGMENTATION)
     best: tuple[float, list[Keep], bool] | None = None
-    smallest: tuple[int, list[Keep], bool] | None = None
+    smallest: tuple[float, list[Keep], bool] | None = None
     for on_host in (False,) if sizes.embedding_stays else (False, True):
         for offload in (False, True):
             keeps = _barest_that_fits(memory, budget, offload, on_host)
@@ -123,7 +127,7 @@ def make_plan(
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)
     _, keeps, on_host = best
-    if resident_allowed and sizes.quantized:
+    if sizes.quantized:
         keeps = _with_residents(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
@@ -174,17 +178,37 @@ def _upgraded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
         tile = None if keep.gate else base.tile_tokens
         options.append(replace(keep, tile_tokens=tile, offload=base.offload))
     for target in _worthwhile(memory, options):
-        low, high = 0, len(keeps)
-        while low < high:  # the most layers that can take this step
-            count = (low + high + 1) // 2
-            if memory.peak(_raised(keeps, target, count), on_host) <= budget:
-                low = count
-            else:
-                high = count - 1
-        keeps = _raised(keeps, target, low)
-        if low < len(keeps):
+        count = _most(memory, keeps, target, len(keeps), on_host, budget)
+        keeps = _raised(keeps, target, count)
+        if count < len(keeps):
             break
+    # Layers that could not take a whole step up may take a part of it.
+    for target in reversed(options[1:]):
+        rest = sum(keep == base for keep in keeps)
+        lower, upper = keeps[:rest], keeps[rest:]
+        count = _most(memory, keeps, target, rest, on_host, budget)
+        keeps = _raised(lower, target, count) + upper
     return keeps
+
+
+def _most(
+    memory: StepMemory,
+    keeps: list[Keep],
+    target: Keep,
+    num_layers: int,
+    on_host: bool,
+    budget: float,
+) -> int:
+    """How many of the first `num_layers`, their last ones first, can be raised to `target`."""
+    low, high = 0, num_layers
+    while low < high:
+        count = (low + high + 1) // 2
+        trial = _raised(keeps[:num_layers], target, count) + keeps[num_layers:]
+        if memory.peak(trial, on_host) <= budget:
+            low = count
+        else:
+            high = count - 1
+    return low
 
 
 def _raised(keeps: Sequence[Keep], target: Keep, count: int) -> list[Keep]:
@@ -214,7 +238,7 @@ def extra_seconds(sizes: NetworkSizes, seq: int, keep: Keep) -> float:
         products += 2.0 * sizes.queries * sizes.hidden
     products += 2.0 * sizes.hidden * sizes.ffn * ((not keep.gate) + (not keep.up))
     attention = 0.0 if keep.attention else 2.0 * seq * sizes.queries
-    copies = 2.0 * sizes.hidden * sizes.element if keep.offload else 0.0
+    copies = 2.0 * StepMemory(sizes, 1, 1).movable_width(keep) * sizes.element * keep.offload
     replay = products / _PRODUCT_RATE + attention / _ATTENTION_RATE
     return replay + _UNHIDDEN * copies / _HOST_RATE
 

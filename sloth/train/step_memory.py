@@ -8,6 +8,7 @@ beside it; the lists below follow `kernels/llama.py` and `gemma2.py` line by lin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ GIB = 2**30
 
 # What the vendor's products set aside: a workspace in the forward's thread and in the backward's.
 _WORKSPACES = 2 * 32 * 2**20
-# Offloaded inputs that may still be on their way out.
+# Offloaded layers that may still be on their way out.
 _LEAVING = 2
 
 
@@ -105,11 +106,16 @@ def _stored_bytes(network: nn.Module) -> int:
 
 
 class StepMemory:
-    """Predicted bytes of a step on `batch` rows of `seq` tokens."""
+    """Predicted bytes of a step on `batch` rows of `seq` tokens.
 
-    def __init__(self, sizes: NetworkSizes, batch: int, seq: int) -> None:
+    host_bytes: what may wait in host memory; more of it counts as not fitting. None: no limit.
+    """
+
+    def __init__(
+        self, sizes: NetworkSizes, batch: int, seq: int, host_bytes: float | None = None
+    ) -> None:
         self.sizes, self.batch, self.seq = sizes, batch, seq
-        self.rows = batch * seq
+        self.rows, self.host_bytes = batch * seq, host_bytes
 
     # -- what is there all the time --------------------------------------------------------------
 
@@ -135,13 +141,17 @@ class StepMemory:
     # -- what a layer keeps ----------------------------------------------------------------------
 
     def kept_bytes(self, keep: Keep) -> int:
-        """Bytes a layer keeps from its forward to its backward."""
+        """Bytes a layer keeps on the device from its forward to its backward."""
         s, rows = self.sizes, self.rows
-        width = 0 if keep.offload else s.hidden
-        width += sum(s.ranks) + s.post_norms * s.hidden  # the output of down_proj
-        width += keep.qkv * s.qkv + keep.attention * s.queries + keep.hidden * s.hidden
-        width += (keep.gate + keep.up) * s.ffn
+        width = 0 if keep.offload else self.movable_width(keep)
+        width += sum(s.ranks) + (keep.gate + keep.up) * s.ffn
         return rows * (width * s.element + keep.attention * self._lse_bytes())
+
+    def movable_width(self, keep: Keep) -> int:
+        """Elements a token of what may wait in host memory."""
+        s = self.sizes
+        width = s.hidden + s.post_norms * s.hidden  # the input; the output of down_proj
+        return width + keep.qkv * s.qkv + keep.attention * s.queries + keep.hidden * s.hidden
 
     def _lse_bytes(self) -> int:
         return 4 * self.sizes.heads
@@ -182,7 +192,8 @@ class StepMemory:
         attention = rows * (remade + s.queries + 2 * s.qkv + padded(s.qkv + q)) + into_h
         end = rows * (padded(s.qkv + q) + 3 * s.hidden) + into_h
         held = max(to_h, mlp, end, attention)
-        offloaded = rows * 2 * s.hidden if keep.offload else 0  # its input, and the next one ahead
+        # What comes back for this layer, and for the next one ahead.
+        offloaded = 2 * rows * self.movable_width(keep) if keep.offload else 0
         return (arriving + held + offloaded) * s.element + rows * self._lse_bytes()
 
     def head_bytes(self) -> int:
@@ -199,16 +210,24 @@ class StepMemory:
         kept, working = self._worst_moment(keeps)
         return parts | {"kept by layers": kept, "working set": working}
 
-    def peak(self, keeps: Sequence[Keep], embedding_on_host: bool) -> int:
-        """Bytes at the worst moment of a step."""
+    def peak(self, keeps: Sequence[Keep], embedding_on_host: bool) -> float:
+        """Bytes at the worst moment of a step; infinite where the host cannot hold its share."""
+        if self.host_bytes is not None and self.host_share(keeps) > self.host_bytes:
+            return math.inf
         return sum(self.parts(keeps, embedding_on_host).values())
+
+    def host_share(self, keeps: Sequence[Keep]) -> int:
+        """Bytes that wait in host memory."""
+        width = sum(self.movable_width(keep) for keep in keeps if keep.offload)
+        return self.rows * width * self.sizes.element
 
     def _worst_moment(self, keeps: Sequence[Keep]) -> tuple[int, int]:
         """(kept, working) bytes where their sum is largest."""
         s = self.sizes
         per_keep = {keep: self._numbers(keep) for keep in set(keeps)}
         x = self.rows * s.hidden * s.element
-        leaving = _LEAVING * x if any(keep.offload for keep in keeps) else 0
+        away = [self.movable_width(keep) for keep in keeps if keep.offload]
+        leaving = _LEAVING * self.rows * max(away, default=0) * s.element
         kept, worst = 0, (0, 0)
         for keep in keeps:
             own, forward, backward = per_keep[keep]

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sloth.errors import UnknownModel
+from sloth.errors import DataError, UnknownModel
 
 # alias -> (repository, open pre-quantised copy or None). Where the original is gated, the alias
 # names it.
@@ -103,6 +103,8 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 
 # What a model folder needs: never code, never pickles, and one of the weight formats.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+# Where the hub keeps its own conversion of a data set that comes in other files.
+_PARQUET_BRANCH = "refs/convert/parquet"
 _REPO_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
 
@@ -176,3 +178,28 @@ def _download(
         ) from error
     # The hub's cache names a snapshot folder by its commit.
     return Resolved(path, repo_id, path.name, alias)
+
+
+def fetch_dataset(repo_id: str, revision: str | None = None) -> Path:
+    """The Parquet files of a data set on the hub: its own, else those that the hub made of it.
+
+    Nothing of it is run. Raises DataError, saying what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if not _REPO_ID.fullmatch(repo_id):
+        raise DataError(f"{repo_id!r} is no data set on the hub; one is written owner/name")
+    for branch in (revision, _PARQUET_BRANCH) if revision is None else (revision,):
+        try:
+            folder = snapshot_download(
+                repo_id, repo_type="dataset", revision=branch, allow_patterns=["*.parquet"]
+            )
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise DataError(
+                f"the data set {repo_id} could not be fetched and is not in the local cache (a "
+                f"gated or private one needs `hf auth login`): {error}"
+            ) from error
+        if any(Path(folder).rglob("*.parquet")):
+            return Path(folder)
+    raise DataError(f"the data set {repo_id} has no Parquet files; download it, and give its files")

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ from sloth.train.cache import (
     read_entry,
 )
 from sloth.train.config import ROW_FIELDS, OnLong, TrainConfig, TrainOn, refuse_unknown
-from sloth.train.encode import Encoded, RowEncoder
+from sloth.train.counts import DataCounts
+from sloth.train.encode import RowEncoder
 from sloth.train.examples import UNTRAINED, Example, Examples, ExamplesWriter
 from sloth.train.masks import MaskDisagreement
 from sloth.train.packing import Packing, pack
@@ -51,67 +51,6 @@ MAX_PADDING = 0.1
 
 _TRAINED_STYLE = "bold green"
 _CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
-
-
-@dataclass
-class DataCounts:
-    """What became of the rows. All but rows, kinds and empty count examples or their tokens.
-
-    truncated, split: longer than max_length and cut; pieces: what split ones became. A dropped
-    example is not kept: without a trained token, or too long. turns: trained assistant turns;
-    unstopped: of those, without a stop token at their end. by_prefixes: rows whose mask took more
-    than one rendering. longest: tokens of the longest example before any cut.
-    """
-
-    rows: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    examples: int = 0
-    truncated: int = 0
-    split: int = 0
-    pieces: int = 0
-    dropped_by_truncation: int = 0
-    dropped_by_mask: int = 0
-    dropped_by_length: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    cut_tokens: int = 0
-    empty: int = 0
-    turns: int = 0
-    unstopped: int = 0
-    double_bos: int = 0
-    lacks_bos: int = 0
-    by_prefixes: int = 0
-    longest: int = 0
-
-    @property
-    def dropped(self) -> int:
-        """Examples left out."""
-        return self.dropped_by_truncation + self.dropped_by_mask + self.dropped_by_length
-
-    def summary(self) -> str:
-        """One line with the counts and shares."""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
-        seen = max(self.examples + self.dropped, 1)
-        split = f"{self.split} split into {self.pieces}, " if self.split else ""
-        return (
-            f"{self.rows} rows ({kinds}): {self.examples} examples, {self.tokens} tokens, "
-            f"{self.trained_tokens / max(self.tokens, 1):.1%} trained; "
-            f"{self.truncated} truncated ({self.truncated / seen:.1%}), "
-            f"{split}{self.dropped} dropped ({self.dropped / seen:.1%})"
-        )
-
-    def warnings(self) -> list[str]:
-        """What a person should know before training, in sentences."""
-        said = {
-            f"{self.unstopped} of {self.turns} assistant turns do not end in a token that stops "
-            "generation, so the model would not learn to stop there": self.unstopped,
-            f"{self.double_bos} rows begin with the beginning-of-text token twice; the data may "
-            "hold rendered text": self.double_bos,
-            f"the chat template of {self.lacks_bos} rows leaves out the beginning-of-text token "
-            "that the tokenizer puts before other texts": self.lacks_bos,
-            f"{self.empty} rows have a blank answer": self.empty,
-        }
-        return [text for text, count in said.items() if count]
 
 
 @dataclass(frozen=True)
@@ -245,16 +184,17 @@ class _Maker:
             examples, index = found
             self.notice(f"{self.rows.name}: {len(examples)} prepared examples from {folder}")
             return examples, DataCounts(**index["counts"]), index["fingerprint"]
-        with ExitStack() as stack:
-            try:
-                entry = stack.enter_context(NewEntry(folder))
-            except OSError as error:
-                self.notice(f"WARNING: prepared data are not kept, {cache} cannot be used: {error}")
-                return self._made(ExamplesWriter(), content.num_lines)
-            writer = ExamplesWriter(entry.partial)
-            examples, counts, fingerprint = self._made(writer, content.num_lines)
-            index = {"counts": asdict(counts), "fingerprint": fingerprint, "files": writer.files}
-            entry.publish(index)
+        try:
+            with NewEntry(folder) as entry:
+                writer = ExamplesWriter(entry.partial)
+                examples, counts, fingerprint = self._made(writer, content.num_lines)
+                files = writer.files
+                entry.publish(
+                    {"counts": asdict(counts), "fingerprint": fingerprint, "files": files}
+                )
+        except OSError as error:  # no permission, no room left
+            self.notice(f"WARNING: prepared data are not kept, {cache} cannot be used: {error}")
+            return self._made(ExamplesWriter(), content.num_lines)
         return examples, counts, fingerprint
 
     def _made(self, writer: ExamplesWriter, num_lines: int = 0) -> tuple[Examples, DataCounts, str]:
@@ -276,7 +216,7 @@ class _Maker:
         )
         counts = DataCounts()
         for encoded in encoder.encode(self._watched(num_lines)):
-            _count_row(counts, encoded)
+            counts.add_row(encoded)
             for example in encoded.examples:
                 for kept in self._fitted(example, counts, encoded.where):
                     counts.examples += 1
@@ -353,16 +293,6 @@ class _Maker:
                 "message with role assistant, other rows a text)"
             )
         return "; ".join(causes)
-
-
-def _count_row(counts: DataCounts, row: Encoded) -> None:
-    counts.rows += 1
-    counts.kinds[row.kind] = counts.kinds.get(row.kind, 0) + 1
-    counts.empty += row.is_empty
-    counts.turns += row.turns
-    counts.unstopped += row.unstopped
-    counts.double_bos += row.has_double_bos
-    counts.lacks_bos += row.lacks_bos
 
 
 def _pieces(example: Example, limit: int) -> Iterator[Example]:

@@ -3,6 +3,7 @@
     .jsonl .ndjson   one JSON object a line                     .csv .tsv   a header, then rows
     .json            a list of objects, or one object a line    .txt        one text a line
     .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
+    hf://datasets/owner/name[@revision][/folder]     Parquet files of a data set on the hub
     a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
     mapping of splits, such as a `datasets.DatasetDict`
 
@@ -14,17 +15,23 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from sloth.errors import DataError
+from sloth.formats.hub import fetch_dataset
 
 Source = str | Path | Iterable[Any]
 Placed = tuple[str, Any]
 
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "eval")}
+# A Path makes one slash of two.
+_HUB = re.compile(
+    r"hf:/{1,2}datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<below>.*))?"
+)
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
 MAX_CELL_CHARS = 1 << 27  # csv's own limit, 131,072, is shorter than some chats
@@ -55,7 +62,7 @@ def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
     Raises DataError for what cannot be a source.
     """
     if isinstance(source, (str, Path)):
-        files = _files(Path(source).expanduser(), split)
+        files = _files(_local(source), split)
         return Rows(str(source), files, True, lambda: _read_files(files))
     if isinstance(source, Mapping):
         part = next((source[n] for n in SPLITS[split] if n in source), None)
@@ -74,7 +81,7 @@ def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
 def has_split(source: object, split: str) -> bool:
     """Whether `source` is a folder or a mapping with that split."""
     if isinstance(source, (str, Path)):
-        folder = Path(source).expanduser()
+        folder = _local(source)
         return folder.is_dir() and bool(_of_split(folder, split))
     return isinstance(source, Mapping) and any(name in source for name in SPLITS[split])
 
@@ -85,6 +92,17 @@ def _number(rows: Iterable[Any], name: str) -> Iterator[Placed]:
 
 
 # -- files ---------------------------------------------------------------------------------------
+
+
+def _local(source: str | Path) -> Path:
+    """A path on this machine, of files fetched from the hub if need be."""
+    found = _HUB.fullmatch(str(source))
+    if found is None:
+        return Path(source).expanduser()
+    below = Path(found["below"] or "")
+    if ".." in below.parts or below.is_absolute():
+        raise DataError(f"{source}: a folder of the data set has no '..' in its name")
+    return fetch_dataset(found["repo"], found["revision"]) / below
 
 
 def _files(path: Path, split: str) -> tuple[Path, ...]:
@@ -104,14 +122,13 @@ def _files(path: Path, split: str) -> tuple[Path, ...]:
 
 
 def _of_split(folder: Path, split: str) -> tuple[Path, ...]:
-    """Files of a split: train.jsonl, train-00000-of-00002.parquet, in the folder or in data/."""
-    for place in (folder, folder / "data"):
+    """Files of a split: train.jsonl, train-00000-of-00002.parquet or all of train/, in the folder,
+    in data/ or in default/, the hub's name for a data set's only part.
+    """
+    for place in (folder, folder / "data", folder / "default"):
         for name in SPLITS[split]:
-            files = [
-                file
-                for file in sorted(place.glob(f"{name}[.-]*"))
-                if file.is_file() and file.suffix.lower() in _READERS
-            ]
+            found = [*place.glob(f"{name}[.-]*"), *place.glob(f"{name}/*")]
+            files = [f for f in sorted(found) if f.is_file() and f.suffix.lower() in _READERS]
             if files:
                 return tuple(files)
     return ()

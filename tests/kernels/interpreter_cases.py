@@ -17,21 +17,27 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from sloth.kernels.engine import INTERPRET, forced_engine
 from sloth.kernels.ops.add_rms_norm import add_rms_norm
+from sloth.kernels.ops.attention import attention, attention_reference
+from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
+from sloth.kernels.ops.batch import CopyBatch, NF4Batch
 from sloth.kernels.ops.glu import glu
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
 from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
+from sloth.kernels.ops.qk_norm_rope import qk_norm_rope
 from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from sloth.kernels.ops.rope import rope
 from sloth.quant.nf4 import quantize_nf4
 from tests import tolerance
 from tests.kernels.common import (
     Op,
+    assert_kernel_accuracy,
     assert_roundings_agree,
     inner_strided,
     nan_poisoned_empty,
@@ -173,6 +179,67 @@ def nf4_dequantize_both_scale_forms(dtype: torch.dtype) -> None:
                 actual = nf4_dequantize(weight, dtype)
             expected = nf4_dequantize_reference(weight, dtype)
             torch.testing.assert_close(actual, expected, **tolerance.BIT_EXACT)
+
+
+@case
+def nf4_batch_fills_every_view(dtype: torch.dtype) -> None:
+    for double_quant in (False, True):
+        shapes = ((3, 64), (5, 128), (7, 9), (20, 512))
+        weights = [quantize_nf4(randn(*shape, dtype=dtype), double_quant) for shape in shapes]
+        buffers = [torch.full((n + 1, k + 8), -1.0, dtype=dtype) for n, k in shapes]
+        views = [b[:n, :k] for b, (n, k) in zip(buffers, shapes, strict=True)]
+        with forced_engine("triton"):
+            NF4Batch(list(zip(weights, views, strict=True))).run()
+        for weight, view, buffer in zip(weights, views, buffers, strict=True):
+            expected = nf4_dequantize_reference(weight, dtype)
+            torch.testing.assert_close(view, expected, **tolerance.BIT_EXACT)
+            assert (buffer[-1] == -1).all() and (buffer[:, view.shape[1] :] == -1).all()
+
+
+@case
+def copy_batch_casts_and_scales(dtype: torch.dtype) -> None:
+    shapes, scales = ((4, 130), (70, 3), (1, 1)), (1.0, 0.5, 0.0)
+    sources = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    buffers = [torch.full((n + 2, k + 5), -1.0, dtype=dtype) for n, k in shapes]
+    views = [b[1 : n + 1, 2 : k + 2] for b, (n, k) in zip(buffers, shapes, strict=True)]
+    with forced_engine("triton"):
+        CopyBatch(list(zip(sources, views, scales, strict=True))).run()
+    for source, view, buffer, scale in zip(sources, views, buffers, scales, strict=True):
+        torch.testing.assert_close(view, (source * scale).to(dtype), **tolerance.BIT_EXACT)
+        assert (buffer == -1).sum() >= buffer.numel() - view.numel()
+
+
+@case
+def qk_norm_rope_heads_of_a_stacked_buffer(dtype: torch.dtype) -> None:
+    for head_dim, offset in ((8, 0.0), (24, 1.0)):
+        stacked = randn(2, 3, 7 * head_dim, dtype=dtype)
+        q = stacked[..., : 5 * head_dim].unflatten(-1, (5, head_dim))
+        k = stacked[..., 5 * head_dim :].unflatten(-1, (2, head_dim))
+        angles = randn(1, 3, head_dim // 2, seed=2, dtype=dtype).repeat(1, 1, 2)
+        norms = tuple(
+            SimpleNamespace(weight=randn(head_dim, seed=s, dtype=dtype), eps=1e-5, offset=offset)
+            for s in (3, 4)
+        )
+        op = partial(qk_norm_rope, norms=norms, cos=angles.cos(), sin=angles.sin())
+        compare(op, [q, k])
+
+
+@case
+def capped_attention_windows_and_documents(dtype: torch.dtype) -> None:
+    num_tokens, device = 70, torch.device("cpu")
+    positions = torch.stack((torch.arange(70) % 40, torch.arange(70) % 23))
+    for head_dim, window, documents in ((16, None, False), (16, 9, True), (40, 33, False)):
+        bounds = document_bounds(positions, device) if documents else None
+        layout = AttentionLayout.of(bounds, window)
+        q, k, v = (
+            randn(2, num_tokens, heads, head_dim, seed=i, dtype=dtype).transpose(1, 2)
+            for i, heads in enumerate((2, 1, 1))
+        )
+        how = {"scale": 0.4, "layout": layout, "softcap": 0.7}
+        factor = tolerance.attention_error_factor(dtype)
+        with forced_engine("triton"), nan_poisoned_empty():
+            op, truth = partial(attention, **how), partial(attention_reference, **how)
+            assert_kernel_accuracy(op, truth, [q, k, v], factor=factor)
 
 
 def main() -> None:

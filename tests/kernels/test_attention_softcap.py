@@ -64,3 +64,24 @@ def test_a_softcap_goes_to_the_formula() -> None:
     q, k, _ = qkv((7, 7))
     assert choose_backend(q, k, AttentionLayout()) == "cpu_flash"
     assert choose_backend(q, k, AttentionLayout(), SOFTCAP) == "math"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 80])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_softcap_gpu_accuracy(dtype: torch.dtype, name: str, head_dim: int) -> None:
+    lengths = (300, 300)
+    op, reference = op_and_reference(layouts(*lengths, "cuda")[name])
+    inputs = qkv(lengths, dtype, "cuda", (4, 2), head_dim)
+    assert choose_backend(*inputs[:2], layouts(*lengths, "cuda")[name], SOFTCAP) == "triton"
+    factor = tolerance.attention_error_factor(dtype)
+    assert_kernel_accuracy(op, reference, inputs, factor=factor)
+
+
+@pytest.mark.gpu
+def test_capped_attention_on_a_gpu_is_deterministic() -> None:
+    op, _ = op_and_reference(layouts(300, 300, "cuda")["documents_and_window"])
+    leaves = [x.requires_grad_() for x in qkv((300, 300), torch.bfloat16, "cuda", (4, 2), 128)]
+    runs = [torch.autograd.grad(op(*leaves).sum(), leaves) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

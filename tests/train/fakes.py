@@ -66,6 +66,7 @@ class FakeTokenizer:
 class FakeTemplate:
     def __init__(self, template: Callable[..., str]) -> None:
         self._template = template
+        self.source, self.named, self.special_tokens = template.__name__, {}, SPECIALS
 
     def render(
         self, messages: list[dict], tools: Any = None, add_generation_prompt: bool = False

@@ -175,7 +175,7 @@ def test_row_28_python_yaml_and_flags_train_on_the_same_tokens(tmp_path, monkeyp
     ):
         with pytest.raises(Stop):
             start()
-    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == seen[1] == seen[2] and seen[0][1] is not None
     config = load_config(yaml)
     assert check_data(str(file), FakeTokenizer(), config).data.fingerprint == seen[0][0]
 

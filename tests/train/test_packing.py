@@ -20,6 +20,7 @@ from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.oracles import save_tiny
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
+from tests.train.runs import same, train, weights
 
 # Sliding windows shorter than a document, several kinds of layers, q/k norms, a logit cap.
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text")
@@ -197,3 +198,14 @@ def test_much_padding_becomes_documents_and_little_stays(tmp_path: Path):
     batch = data.batch([0, 5], 1, padding_free=True)
     assert batch.tokens.shape == (1, lengths[0] + lengths[5])
     assert data.batch([0, 5], 1).tokens.shape == (2, lengths[5])
+
+
+def test_a_packed_run_continues_bit_by_bit(tmp_path):
+    """Rows are a pure function of the data, so a checkpoint need not hold them."""
+    packed = {"packing": True, "max_length": 120, "max_steps": 4}
+    model, whole = train(tmp_path / "whole", **packed)
+    train(tmp_path / "half", stop_after=2, **packed)
+    resumed, report = train(tmp_path / "half", resume=True, **packed)
+    assert report.losses == whole.losses and same(weights(resumed), weights(model))
+    with pytest.raises(ValueError, match="packing was True, now False"):
+        train(tmp_path / "half", resume=True, **{**packed, "packing": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -228,6 +229,40 @@ def test_a_folder_gives_sharded_train_and_valid(tmp_path):
     (tmp_path / "data" / "validation.jsonl").write_text(json.dumps(PAIRS[2]))
     assert [row for _, row in open_rows(tmp_path).read()] == PAIRS[:2]
     assert [row for _, row in open_rows(tmp_path, split="valid").read()] == PAIRS[2:3]
+
+
+def test_row_27_a_data_set_on_the_hub_is_read_as_parquet_and_nothing_of_it_is_run(
+    tmp_path, monkeypatch
+):
+    """Its own files, or the hub's conversion where it has none; failures say what to do."""
+    written(tmp_path, ".parquet")
+    (tmp_path / "default" / "validation").mkdir(parents=True)
+    (tmp_path / "train.parquet").rename(tmp_path / "default" / "validation" / "0000.parquet")
+    asked, empty = [], tmp_path / "empty"
+    empty.mkdir()
+
+    def download(repo_id, *, repo_type, revision, allow_patterns):
+        asked.append((repo_id, repo_type, revision, allow_patterns))
+        if repo_id == "no/net":
+            raise OSError("cut")
+        return str(tmp_path if revision == "refs/convert/parquet" else empty)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    rows = open_rows("hf://datasets/some/one", split="valid")
+    assert [row for _, row in rows.read()] == PAIRS
+    assert asked == [
+        ("some/one", "dataset", revision, ["*.parquet"])
+        for revision in (None, "refs/convert/parquet")
+    ]
+    for source, said in (
+        ("hf://datasets/some/one@main", "has no Parquet files"),
+        ("hf://datasets/no/net", "could not be fetched.*hf auth login.*cut"),
+        ("hf://datasets/some/one/../x", "has no '..'"),
+        (Path("hf://datasets/some/o ne"), "written owner/name"),
+        ("hf://datasets/some/one", "has no train file"),
+    ):
+        with pytest.raises(DataError, match=said):
+            open_rows(source)
 
 
 @pytest.mark.parametrize(

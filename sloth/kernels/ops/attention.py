@@ -30,9 +30,12 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sloth.kernels.engine import engine_for
 from sloth.kernels.ops.attention_layout import AttentionLayout
+from sloth.kernels.ops.flash_attention import flash_attention_fwd
+from sloth.kernels.ops.flash_attention_bwd import flash_attention_bwd
 
-Backend = Literal["math", "cpu_flash", "cudnn", "flash", "efficient"]
+Backend = Literal["math", "cpu_flash", "cudnn", "flash", "efficient", "triton"]
 Saved = tuple[Tensor | None, ...]
 
 _aten = torch.ops.aten
@@ -87,11 +90,16 @@ def choose_backend(
         packed documents, windows, decoding flash   varlen: each document alone, no mask is made
 
     On a GPU, fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not
-    all. A softcap, fp64 and what no kernel takes go to the formula.
+    all. A softcap, which none of these has, goes to our own kernel (`flash_attention.py`), where T
+    == S; fp64 and what no kernel takes to the formula.
     """
     num_queries, head_dim = q.shape[2:]
-    if softcap is not None or q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
+    if q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
         return "math"
+    if softcap is not None:
+        ours = engine_for(q) == "triton" and num_queries == k.shape[2] and head_dim <= 256
+        bounded = layout.query_documents is None or layout.bounds is not None
+        return "triton" if ours and bounded else "math"
     if not q.is_cuda:
         return "cpu_flash"
     if q.dtype not in _HALF or head_dim > 256:
@@ -264,6 +272,10 @@ def attention_fwd(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return out, (lse, cum_q, cum_k, seed, offset)
+    if backend == "triton":
+        first = None if layout.bounds is None else layout.bounds.first
+        out, lse = flash_attention_fwd(q, k, v, scale, softcap, layout.window, first)
+        return out, (lse,)
     if backend == "flash":
         return _flash_fwd(q, k, v, scale, layout)
     k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])
@@ -303,6 +315,11 @@ def attention_bwd(
             *(cum_q, cum_k, max_q, max_k, 0.0, causal),
             scale=scale,
         )
+    if backend == "triton":
+        (lse,), bounds = saved, layout.bounds
+        assert lse is not None
+        ends = (None, None) if bounds is None else (bounds.first, bounds.last)
+        return flash_attention_bwd(dout, q, k, v, out, lse, scale, softcap, layout.window, *ends)
     if backend == "flash":
         return _flash_bwd(dout, q, k, v, out, saved, scale, layout)
     k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])

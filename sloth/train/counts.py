@@ -1,0 +1,78 @@
+"""What became of the rows of a data set: nothing is cut, dropped or odd without a number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sloth.train.encode import Encoded
+
+
+@dataclass
+class DataCounts:
+    """What became of the rows. All but rows, kinds and empty count examples or their tokens.
+
+    truncated, split: longer than max_length and cut; pieces: what split ones became. A dropped
+    example is not kept: without a trained token, or too long. turns: trained assistant turns;
+    unstopped: of those, without a stop token at their end. by_prefixes: rows whose mask took more
+    than one rendering. longest: tokens of the longest example before any cut.
+    """
+
+    rows: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    examples: int = 0
+    truncated: int = 0
+    split: int = 0
+    pieces: int = 0
+    dropped_by_truncation: int = 0
+    dropped_by_mask: int = 0
+    dropped_by_length: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut_tokens: int = 0
+    empty: int = 0
+    turns: int = 0
+    unstopped: int = 0
+    double_bos: int = 0
+    lacks_bos: int = 0
+    by_prefixes: int = 0
+    longest: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Examples left out."""
+        return self.dropped_by_truncation + self.dropped_by_mask + self.dropped_by_length
+
+    def summary(self) -> str:
+        """One line with the counts and shares."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        seen = max(self.examples + self.dropped, 1)
+        split = f"{self.split} split into {self.pieces}, " if self.split else ""
+        return (
+            f"{self.rows} rows ({kinds}): {self.examples} examples, {self.tokens} tokens, "
+            f"{self.trained_tokens / max(self.tokens, 1):.1%} trained; "
+            f"{self.truncated} truncated ({self.truncated / seen:.1%}), "
+            f"{split}{self.dropped} dropped ({self.dropped / seen:.1%})"
+        )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training, in sentences."""
+        said = {
+            f"{self.unstopped} of {self.turns} assistant turns do not end in a token that stops "
+            "generation, so the model would not learn to stop there": self.unstopped,
+            f"{self.double_bos} rows begin with the beginning-of-text token twice; the data may "
+            "hold rendered text": self.double_bos,
+            f"the chat template of {self.lacks_bos} rows leaves out the beginning-of-text token "
+            "that the tokenizer puts before other texts": self.lacks_bos,
+            f"{self.empty} rows have a blank answer": self.empty,
+        }
+        return [text for text, count in said.items() if count]
+
+    def add_row(self, row: Encoded) -> None:
+        """Count one row, whatever is kept of it."""
+        self.rows += 1
+        self.kinds[row.kind] = self.kinds.get(row.kind, 0) + 1
+        self.empty += row.is_empty
+        self.turns += row.turns
+        self.unstopped += row.unstopped
+        self.double_bos += row.has_double_bos
+        self.lacks_bos += row.lacks_bos

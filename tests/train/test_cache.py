@@ -1,0 +1,170 @@
+"""Row 34: prepared data are used again when nothing that made them has changed, and only then."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sloth.text.chat import ChatTemplate
+from sloth.train import cache, data, examples
+from sloth.train.data import load_data
+from tests.train.fakes import ROWS, FakeTokenizer
+from tests.train.test_masks import FAMILIES, SPECIAL
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A file that is worth caching; several shards come of it."""
+    monkeypatch.setenv("SLOTH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 100)
+    monkeypatch.setattr(examples, "SHARD_TOKENS", 150)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+class Counting(FakeTokenizer):
+    """encoded: texts that were encoded in batches."""
+
+    def __init__(self, template=None):
+        super().__init__(template)
+        self.encoded = 0
+
+    def encode_batch(self, texts):
+        self.encoded += len(texts)
+        return super().encode_batch(texts)
+
+
+def load(file, tokenizer=None, **settings):
+    """(dataset, whether it was prepared anew)."""
+    tokenizer = tokenizer or Counting()
+    found = load_data(file, tokenizer, settings.pop("max_length", 99), **settings)
+    return found, tokenizer.encoded > 0
+
+
+def test_row_34_the_second_time_nothing_is_encoded_and_all_is_the_same(file):
+    fresh, _ = load_data(ROWS, FakeTokenizer(), 99), load(file)
+    kept, is_new = load(file)
+    assert not is_new
+    assert kept.examples == fresh.examples and kept.fingerprint == fresh.fingerprint
+    assert kept.counts == fresh.counts
+    assert len(list((cache.default_folder()).glob("*/*.safetensors"))) > 2
+    packed, is_new = load(file, packing=True)  # rows are made from lengths, not kept
+    assert not is_new and packed.packing is not None
+
+
+def changed_rows(file, tokenizer):
+    file.write_text(file.read_text().replace("hi", "ha", 1))
+
+
+def changed_template(file, tokenizer):
+    tokenizer.chat = ChatTemplate(FAMILIES["mistral"], SPECIAL)
+
+
+def changed_vocabulary(file, tokenizer):
+    tokenizer.fingerprint = lambda: "other characters"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_rows,
+        changed_template,
+        changed_vocabulary,
+        {"max_length": 98},
+        {"on_long": "drop"},
+        {"train_on": "last"},
+        {"columns": {"messages": "messages"}},
+        ("ENCODING_VERSION", 2),
+        ("__version__", "9"),
+    ],
+    ids=lambda change: getattr(change, "__name__", str(change)),
+)
+def test_row_34_each_change_makes_the_data_anew(file, monkeypatch, change):
+    tokenizer = Counting()
+    tokenizer.chat = ChatTemplate(FAMILIES["llama"], SPECIAL)
+    assert load(file, tokenizer)[1]
+    tokenizer.encoded, settings = 0, {}
+    if isinstance(change, dict):
+        settings = change
+    elif isinstance(change, tuple):
+        monkeypatch.setattr(cache, *change)
+    else:
+        change(file, tokenizer)
+    assert load(file, tokenizer, **settings)[1]
+
+
+def test_row_34_a_template_that_writes_the_date_is_rendered_each_day(file, monkeypatch):
+    def loaded(day):
+        class Day(cache.date):
+            @classmethod
+            def today(cls):
+                return cls(2026, 11, day)
+
+        monkeypatch.setattr(cache, "date", Day)
+        tokenizer = Counting()
+        dated = "{{ strftime_now('%d') }}" + FAMILIES["llama"]
+        tokenizer.chat = ChatTemplate(dated, SPECIAL)
+        return load(file, tokenizer)[1]
+
+    assert [loaded(day) for day in (1, 1, 2)] == [True, False, True]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index"])
+def test_a_damaged_entry_is_made_again(file, damage):
+    before, _ = load(file)
+    (entry,) = cache.default_folder().iterdir()
+    shard = entry / "00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    shard.unlink()  # a new file, since `before` has the old one mapped
+    if damage == "flip":
+        content[-9] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(content[:-8])
+    elif damage == "index":
+        shard.write_bytes(content)
+        (entry / "index.json").write_text("{")
+    after, is_new = load(file)
+    assert is_new and after.examples == before.examples
+    assert not load(file)[1]
+
+
+def test_an_entry_appears_whole_or_not_at_all(file, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.NewEntry, "publish", fail)
+    with pytest.raises(KeyboardInterrupt):
+        load(file)
+    assert not list(cache.default_folder().iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(file, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("SLOTH_CACHE", str(tmp_path / "taken"))
+    said = []
+    found = load_data(file, FakeTokenizer(), 99, notice=said.append)
+    assert len(found.examples) == len(ROWS) and "WARNING: prepared data are not kept" in said[0]
+
+
+def test_a_disk_that_fills_up_on_the_way_costs_the_cache_and_not_the_run(file, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(examples, "write_tensors", full)
+    said = []
+    found = load_data(file, FakeTokenizer(), 99, notice=said.append)
+    assert len(found.examples) == len(ROWS) and "No space left" in said[0]
+    assert not list(cache.default_folder().iterdir())
+
+
+def test_small_files_lists_and_an_empty_setting_keep_nothing(file, tmp_path, monkeypatch):
+    load(ROWS)
+    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 10**9)
+    load(file)
+    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 100)
+    monkeypatch.setenv("SLOTH_CACHE", "")
+    load(file)
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,118 @@
+"""`sloth data check`: what it shows is what training would do, and it refuses what that would."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sloth import cli, data_command
+from sloth.errors import DataError
+from sloth.train.config import TrainConfig
+from sloth.train.data_check import check_data, epoch_seconds, histogram
+from sloth.train.examples import Example, ExamplesWriter
+from sloth.train.trainer import Trainer
+from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6))
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0]]))
+    return file
+
+
+def test_it_shows_format_lengths_counts_and_one_masked_row(file, capsys):
+    assert cli.main(["data", "check", str(file), "--model", "m", "--max-length", "60"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "format            messages (12 rows)",
+        "examples          11, longest 92 tokens",
+        "too long          3 truncated (25.0%), losing 56 tokens",
+        "end of turn       12 of 12 assistant turns end in a stop token",
+        "duplicates        2 examples (18.2%)",
+        "steps per epoch   3",
+        "epoch takes       about",
+        "lengths, in tokens:",
+        "[+yo<|end|>+]",
+    ):
+        assert line in said, line
+
+
+def test_its_counts_are_those_of_the_run(file, tmp_path):
+    config = TrainConfig(max_length=120, packing=True, output=tmp_path / "run")
+    check = check_data(str(file), FakeTokenizer(), config)
+    trainer = Trainer(FakeModel(), str(file), config)
+    assert check.data.counts == trainer.data.counts
+    assert check.data.fingerprint == trainer.data.fingerprint
+    assert check.steps_per_epoch == trainer.plan.num_steps
+    report = trainer.run()
+    assert (report.tokens, report.trained_tokens) == (
+        check.data.counts.tokens,
+        check.data.counts.trained_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags"),
+    [
+        ([{"question": "a", "answer": "b"}], []),
+        ([{"messages": [{"role": "user", "content": "a"}]}], []),
+        ([{"prompt": "a" * 99, "completion": "b"}], ["--max-length", "20"]),
+        ([{"text": "a" * 99}], ["--max-length", "20", "--on-long", "error"]),
+        ([{"chosen": "a", "rejected": "b"}], []),
+        ([], []),
+    ],
+)
+def test_row_22_what_training_refuses_is_refused_with_the_same_words(file, rows, flags, capsys):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "check", str(file), "--model", "m", *flags]) == 2
+    said = capsys.readouterr().err
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    settings = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
+    with pytest.raises(DataError) as caught:
+        Trainer(FakeModel(), str(file), TrainConfig(**settings))
+    assert said == f"error: {caught.value}\n"
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(tmp_path):
+    for name, rows in (("train", ROWS[:8]), ("valid", ROWS[6:])):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    check = check_data(tmp_path, FakeTokenizer(), TrainConfig())
+    assert check.held_out.counts.examples == 5
+    # ROWS[7] says what ROWS[0] says, so both are trained on.
+    assert check.leaked == 2 and check.duplicates == 1
+    assert "2 are trained on, too" in check.lines(2048, None)["held out"]
+    trainer = Trainer(FakeModel(), tmp_path, output=tmp_path / "run", max_steps=1)
+    assert list(trainer.run().eval_losses) == [1]
+
+
+def test_histogram_covers_every_length_and_counts_each_once():
+    writer = ExamplesWriter()
+    for length in [1, 1, 2, 30, 57]:
+        writer.add(Example([5] * length, [5] * length))
+    lines = histogram(writer.finish()[0])
+    rows = [line.split() for line in lines]
+    assert sum(int(row[3]) for row in rows) == 5
+    assert rows[0][0] == "1" and int(rows[-1][2]) >= 57
+    assert rows[0][4] == "#" * 40 and int(rows[0][3]) == 3
+
+
+def test_time_of_an_epoch_grows_with_tokens_and_parameters(monkeypatch):
+    monkeypatch.setattr("sloth.train.data_check._operations_per_second", lambda: 1e9)
+    assert epoch_seconds(1000, 10**6) == pytest.approx(4 / 0.7)
+    assert epoch_seconds(2000, 10**7) == pytest.approx(20 * 4 / 0.7)
+
+
+def test_the_command_reads_a_real_models_tokenizer_and_size(tmp_path):
+    from tests.assets import smollm2
+
+    tokenizer, num_parameters = data_command._read_model(str(smollm2()), None)
+    assert tokenizer.chat is not None and num_parameters == 134_515_008
+
+
+def test_anything_but_check_is_refused(capsys):
+    assert cli.main(["data", "chek"]) == 2
+    assert "has one command, check; got 'chek'" in capsys.readouterr().err

@@ -14,15 +14,16 @@ import torch
 import tyro
 from rich.console import Console
 
+from sloth.data.check import check_data, epoch_seconds, histogram
+from sloth.data.dataset import describe_row, say
+from sloth.data.settings import OnLong, TrainOn
 from sloth.errors import SlothError
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
 from sloth.linear import Linear
 from sloth.models import ARCHITECTURES
 from sloth.text.tokenizer import Tokenizer
-from sloth.train.config import OnLong, TrainConfig, TrainOn, load_config
-from sloth.train.data import describe_row, say
-from sloth.train.data_check import check_data, epoch_seconds, histogram
+from sloth.train.config import TrainConfig, load_config
 
 
 @dataclass(frozen=True)

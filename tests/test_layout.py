@@ -19,12 +19,13 @@ MAX_LINES = 400
 # is a module or a package of sloth; names on one line may import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth",),  # __init__: names only, resolved on first use
-    ("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine"),
+    ("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine", "sloth.names"),
     ("sloth.kernels",),
     ("sloth.linear",),
     ("sloth.quant",),
     ("sloth.models",),
     ("sloth.lora", "sloth.formats", "sloth.text"),
+    ("sloth.data",),
     ("sloth.infer",),
     ("sloth.train",),
     ("sloth.assemble",),

@@ -1,1 +1,1 @@
-"""Files: safetensors folders, the hub, PEFT adapters, GGUF."""
+"""Files: safetensors folders, single tensor files, the hub, PEFT adapters, GGUF."""

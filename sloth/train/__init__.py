@@ -1,1 +1,1 @@
-"""Training: settings, data, the loop, optimizer, schedule, checkpoints, log."""
+"""Training: settings, the loop, optimizer, schedule, checkpoints, log."""

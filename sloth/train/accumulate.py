@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sloth.data.dataset import Batch
 from sloth.errors import OutOfMemory
 from sloth.train.checkpoint import rng_tensors, set_rng
-from sloth.train.data import Batch
 from sloth.train.ranks import Ranks
 
 

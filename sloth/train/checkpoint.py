@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sloth.errors import CheckpointMismatch
-from sloth.train.tensor_file import write_tensors
+from sloth.formats.tensor_file import write_tensors
 
 KEEP = 2
 

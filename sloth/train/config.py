@@ -8,18 +8,17 @@ which YAML 1.1 reads as text, is taken as the number it looks like.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sloth.data.settings import ROW_FIELDS, OnLong, TrainOn
 from sloth.lora_config import LoraConfig
+from sloth.names import refuse_unknown
 
-OnLong = Literal["truncate", "split", "drop", "error"]
-TrainOn = Literal["assistant", "last", "everything"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -58,13 +57,6 @@ _ELSEWHERE = {
 
 # What `allow_change` knows beside settings: what else a checkpoint holds of its run.
 FINGERPRINTS = ("data", "base", "ranks")
-
-
-# What a row of data can hold, for `columns`; rows.py reads them.
-ROW_FIELDS = (
-    *("messages", "tools", "conversations", "system", "prompt", "completion", "instruction"),
-    *("input", "output", "chosen", "rejected", "text"),
-)
 
 
 class TrainConfig(BaseModel):
@@ -178,7 +170,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _known_names(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            refuse_unknown(values, cls.model_fields, "setting")
+            refuse_unknown(values, cls.model_fields, "setting", _ELSEWHERE)
             lora = values.get("lora")
             if isinstance(lora, Mapping):
                 refuse_unknown(lora, LoraConfig.model_fields, "lora setting")
@@ -259,19 +251,6 @@ def with_overrides(config: TrainConfig | None, overrides: Mapping[str, Any]) -> 
     return TrainConfig(
         **{**{name: getattr(base, name) for name in TrainConfig.model_fields}, **overrides}
     )
-
-
-def refuse_unknown(values: Iterable[Any], known: Iterable[str], kind: str) -> None:
-    """Raise ValueError for the first unknown name, with the nearest known one."""
-    names = list(known)
-    for value in values:
-        if value in names:
-            continue
-        near = _ELSEWHERE.get(str(value)) or next(
-            iter(difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)), None
-        )
-        hint = f"did you mean {near!r}?" if near in names else f"known: {', '.join(names)}"
-        raise ValueError(f"unknown {kind} {value!r}; {hint}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

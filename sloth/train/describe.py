@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from sloth.train.data import describe_row
+from sloth.data.dataset import describe_row
+from sloth.formats.tensor_file import num_bytes
 from sloth.train.optim import kind_of, rate_scales
-from sloth.train.tensor_file import num_bytes
 
 if TYPE_CHECKING:
     from sloth.train.trainer import Trainer

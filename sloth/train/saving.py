@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sloth.errors import NonFiniteGradients, SaveFailed
+from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
-from sloth.train.tensor_file import are_finite, num_bytes
 
 MIB = 2**20
 # Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sloth import __version__
 from sloth.errors import CheckpointMismatch
+from sloth.formats.tensor_file import num_bytes
 from sloth.lora_config import LoraConfig
 from sloth.train import checkpoint
 from sloth.train.config import TrainConfig
@@ -33,7 +34,6 @@ from sloth.train.records import Progress
 from sloth.train.redact import Redactor
 from sloth.train.run import Identity, base_fingerprint, refuse_changes, write_settings
 from sloth.train.saving import Saver
-from sloth.train.tensor_file import num_bytes
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

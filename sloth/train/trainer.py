@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth.data.dataset import Batch, Dataset, Source, StepPlan, held_out_source, load_for, say
 from sloth.errors import Interrupted, NonFiniteGradients
 from sloth.train.accumulate import Accumulated, Accumulator
 from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
-from sloth.train.data import Batch, Dataset, Source, StepPlan, held_out_source, load_for, say
 from sloth.train.describe import announce, describe_plan
 from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed_loss
 from sloth.train.log import RunLog, memory_bytes

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from sloth.data.dataset import load_data
 from sloth.train import checkpoint, trainer
 from sloth.train.config import TrainConfig
-from sloth.train.data import load_data
 from sloth.train.optim import build_optimizer
 from tests.train.fakes import ROWS, FakeModel
 from tests.train.runs import SETTINGS

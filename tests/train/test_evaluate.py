@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sloth
+from sloth.data.dataset import load_data
 from sloth.lora_config import LoraConfig
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train import evaluate, trainer
 from sloth.train.callbacks import Callback
 from sloth.train.checkpoint import read_tensors
-from sloth.train.data import load_data
 from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed_loss
 from sloth.train.records import EvalRecord
 from sloth.train.trainer import Trainer

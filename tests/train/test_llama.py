@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sloth
-from sloth.train.data import StepPlan, collate, load_data
+from sloth.data.dataset import StepPlan, collate, load_data
 from tests import tolerance
 from tests.oracles import save_tiny_llama
 from tests.train.fakes import ROWS, FakeTokenizer

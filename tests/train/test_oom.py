@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sloth.data.dataset import collate, load_data
 from sloth.errors import OutOfMemory
 from sloth.lora_config import LoraConfig
 from sloth.train import checkpoint
 from sloth.train.accumulate import Accumulator
-from sloth.train.data import collate, load_data
 from sloth.train.evaluate import eval_batches
 from sloth.train.ranks import Ranks
 from tests import tolerance

@@ -9,11 +9,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+from sloth.data.dataset import StepPlan, collate, load_data
 from sloth.errors import AdapterMismatch, DataError, NonFiniteGradients, OutputExists
 from sloth.lora_config import LoraConfig
 from sloth.train.checkpoint import read_tensors
 from sloth.train.config import TrainConfig, load_config
-from sloth.train.data import StepPlan, collate, load_data
 from sloth.train.optim import build_optimizer, set_learning_rate, trainable
 from sloth.train.trainer import Trainer
 from tests import tolerance

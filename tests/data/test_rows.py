@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sloth.data.dataset import load_data
+from sloth.data.rows import Chat, Completion, Text, is_empty, kind_of, map_columns, read_row
+from sloth.data.sources import has_split, open_rows
 from sloth.errors import DataError
-from sloth.train.data import load_data
-from sloth.train.rows import Chat, Completion, Text, is_empty, kind_of, map_columns, read_row
-from sloth.train.sources import has_split, open_rows
 from tests.train.fakes import FakeTokenizer
 
 
@@ -190,7 +190,7 @@ def written(folder, suffix):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr("sloth.train.sources._CHUNK_BYTES", 1000)  # rows across chunks
+    monkeypatch.setattr("sloth.data.sources._CHUNK_BYTES", 1000)  # rows across chunks
     file = written(tmp_path, suffix)
     assert [row for _, row in open_rows(file).read()] == PAIRS
     assert [row for _, row in open_rows(tmp_path).read()] == PAIRS

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sloth.train.examples import UNTRAINED, Example
+from sloth.data.examples import UNTRAINED, Example
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sloth.errors import DataError
-from sloth.train.row_fields import (
+from sloth.data.row_fields import (
     Message,
     as_list,
     as_messages,
@@ -29,6 +28,7 @@ from sloth.train.row_fields import (
     as_turns,
     name_of,
 )
+from sloth.errors import DataError
 
 # Columns by which others call a field, for the mapping that an error suggests.
 _ALSO_CALLED = {

@@ -6,18 +6,18 @@ import json
 
 import pytest
 
+from sloth.data import cache, dataset, examples
+from sloth.data.dataset import load_data
 from sloth.text.chat import ChatTemplate
-from sloth.train import cache, data, examples
-from sloth.train.data import load_data
+from tests.data.test_masks import FAMILIES, SPECIAL
 from tests.train.fakes import ROWS, FakeTokenizer
-from tests.train.test_masks import FAMILIES, SPECIAL
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     """A file that is worth caching; several shards come of it."""
     monkeypatch.setenv("SLOTH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 100)
+    monkeypatch.setattr(dataset, "MIN_CACHED_BYTES", 100)
     monkeypatch.setattr(examples, "SHARD_TOKENS", 150)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -162,9 +162,9 @@ def test_a_disk_that_fills_up_on_the_way_costs_the_cache_and_not_the_run(file, m
 
 def test_small_files_lists_and_an_empty_setting_keep_nothing(file, tmp_path, monkeypatch):
     load(ROWS)
-    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 10**9)
+    monkeypatch.setattr(dataset, "MIN_CACHED_BYTES", 10**9)
     load(file)
-    monkeypatch.setattr(data, "MIN_CACHED_BYTES", 100)
+    monkeypatch.setattr(dataset, "MIN_CACHED_BYTES", 100)
     monkeypatch.setenv("SLOTH_CACHE", "")
     load(file)
     assert not (tmp_path / "cache").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sloth.train.encode import Encoded
+from sloth.data.encode import Encoded
 
 
 @dataclass

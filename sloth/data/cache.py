@@ -29,8 +29,8 @@ import sentencepiece
 import tokenizers
 
 from sloth import __version__
+from sloth.data.examples import Examples, map_shard
 from sloth.errors import CheckpointMismatch
-from sloth.train.examples import Examples, map_shard
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from sloth.data.row_fields import Message
 from sloth.errors import DataError, SlothError
-from sloth.train.row_fields import Message
 
 if TYPE_CHECKING:
     from sloth.text.chat import ChatTemplate

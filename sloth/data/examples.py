@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sloth.train.tensor_file import write_tensors
+from sloth.formats.tensor_file import write_tensors
 
 UNTRAINED = -100
 

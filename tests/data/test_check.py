@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sloth import cli, data_command
+from sloth.data.check import check_data, epoch_seconds, histogram
+from sloth.data.examples import Example, ExamplesWriter
 from sloth.errors import DataError
 from sloth.train.config import TrainConfig
-from sloth.train.data_check import check_data, epoch_seconds, histogram
-from sloth.train.examples import Example, ExamplesWriter
 from sloth.train.trainer import Trainer
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 
@@ -101,7 +101,7 @@ def test_histogram_covers_every_length_and_counts_each_once():
 
 
 def test_time_of_an_epoch_grows_with_tokens_and_parameters(monkeypatch):
-    monkeypatch.setattr("sloth.train.data_check._operations_per_second", lambda: 1e9)
+    monkeypatch.setattr("sloth.data.check._operations_per_second", lambda: 1e9)
     assert epoch_seconds(1000, 10**6) == pytest.approx(4 / 0.7)
     assert epoch_seconds(2000, 10**7) == pytest.approx(20 * 4 / 0.7)
 

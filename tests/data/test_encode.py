@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from sloth.data.encode import encode_row
+from sloth.data.examples import UNTRAINED
 from sloth.errors import DataError, TokenizerMissing
-from sloth.train.encode import encode_row
-from sloth.train.examples import UNTRAINED
 from tests.train.fakes import FakeTokenizer, reasoning
 
 

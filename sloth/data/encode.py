@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sloth.data.examples import UNTRAINED, Example
+from sloth.data.masks import Conversation, Span, TemplateShapes
+from sloth.data.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
+from sloth.data.settings import TrainOn
+from sloth.data.sources import Placed
 from sloth.errors import DataError, TokenizerMissing
-from sloth.train.config import TrainOn
-from sloth.train.examples import UNTRAINED, Example
-from sloth.train.masks import Conversation, Span, TemplateShapes
-from sloth.train.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
-from sloth.train.sources import Placed
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from sloth.errors import DataError
-from sloth.train.batches import Batch, StepPlan, collate, collate_documents, order, padding_share
-from sloth.train.cache import (
+from sloth.data.batches import Batch, StepPlan, collate, collate_documents, order, padding_share
+from sloth.data.cache import (
     MIN_CACHED_BYTES,
     NewEntry,
     cache_key,
@@ -28,13 +27,15 @@ from sloth.train.cache import (
     read_content,
     read_entry,
 )
-from sloth.train.config import ROW_FIELDS, OnLong, TrainConfig, TrainOn, refuse_unknown
-from sloth.train.counts import DataCounts
-from sloth.train.encode import RowEncoder
-from sloth.train.examples import UNTRAINED, Example, Examples, ExamplesWriter
-from sloth.train.masks import MaskDisagreement
-from sloth.train.packing import Packing, pack
-from sloth.train.sources import Placed, Rows, Source, has_split, open_rows
+from sloth.data.counts import DataCounts
+from sloth.data.encode import RowEncoder
+from sloth.data.examples import UNTRAINED, Example, Examples, ExamplesWriter
+from sloth.data.masks import MaskDisagreement
+from sloth.data.packing import Packing, pack
+from sloth.data.settings import ROW_FIELDS, DataSettings, OnLong, TrainOn
+from sloth.data.sources import Placed, Rows, Source, has_split, open_rows
+from sloth.errors import DataError
+from sloth.names import refuse_unknown
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -132,7 +133,7 @@ def load_data(
 
 
 def load_for(
-    config: TrainConfig,
+    settings: DataSettings,
     source: Source,
     tokenizer: Tokenizer,
     split: str = "train",
@@ -142,13 +143,13 @@ def load_for(
     return load_data(
         source,
         tokenizer,
-        config.max_length,
+        settings.max_length,
         "data" if split == "train" else "eval_data",
         split=split,
-        on_long=config.on_long,
-        train_on=config.train_on,
-        columns=config.columns,
-        packing=config.packing and split == "train",
+        on_long=settings.on_long,
+        train_on=settings.train_on,
+        columns=settings.columns,
+        packing=settings.packing and split == "train",
         notice=notice,
     )
 

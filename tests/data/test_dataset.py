@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sloth import cli
+from sloth.data.check import check_data
+from sloth.data.dataset import StepPlan, _pieces, collate, describe_row, load_data, order
+from sloth.data.examples import UNTRAINED, Example
 from sloth.errors import DataError
 from sloth.train.config import load_config
-from sloth.train.data import StepPlan, _pieces, collate, describe_row, load_data, order
-from sloth.train.data_check import check_data
-from sloth.train.examples import UNTRAINED, Example
 from sloth.train.trainer import Trainer
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sloth
+from sloth.data import masks
+from sloth.data.dataset import load_data
+from sloth.data.encode import RowEncoder
+from sloth.data.examples import UNTRAINED
+from sloth.data.masks import Conversation, MaskDisagreement, TemplateShapes
 from sloth.errors import DataError
 from sloth.formats.gguf import GGUFFile
 from sloth.text.chat import ChatTemplate
 from sloth.text.tokenizer import Tokenizer
-from sloth.train import masks
-from sloth.train.data import load_data
-from sloth.train.encode import RowEncoder
-from sloth.train.examples import UNTRAINED
-from sloth.train.masks import Conversation, MaskDisagreement, TemplateShapes
 from tests.assets import LLAMA_CPP, asset, smollm2
 from tests.oracles import hf_tokenizer, save_tiny
 from tests.train.fakes import FakeTokenizer, chatml, reasoning

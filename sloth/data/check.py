@@ -15,15 +15,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from sloth.train.batches import StepPlan
-from sloth.train.config import TrainConfig
-from sloth.train.data import Dataset, Notice, held_out_source, load_for
-from sloth.train.examples import Examples
-from sloth.train.sources import Source
+from sloth.data.batches import StepPlan
+from sloth.data.dataset import Dataset, Notice, held_out_source, load_for
+from sloth.data.examples import Examples
+from sloth.data.settings import DataSettings
+from sloth.data.sources import Source
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -31,6 +31,19 @@ if TYPE_CHECKING:
 OPERATIONS_PER_PARAMETER, REACHED = 4, 0.7
 HISTOGRAM_LINES, HISTOGRAM_WIDTH = 10, 40
 _PROBE_SECONDS = 0.3
+
+
+class RunSettings(DataSettings, Protocol):
+    """Of a run's settings, those that decide how its rows become batches."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def grad_accum(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def eval_data(self) -> Source | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,13 +97,15 @@ class DataCheck:
 
 
 def check_data(
-    source: Source, tokenizer: Tokenizer, config: TrainConfig, notice: Notice | None = None
+    source: Source, tokenizer: Tokenizer, settings: RunSettings, notice: Notice | None = None
 ) -> DataCheck:
     """Look at data as training would. Raises what training would raise."""
-    data = load_for(config, source, tokenizer, notice=notice)
-    given = held_out_source(source, config.eval_data)
-    held_out = None if given is None else load_for(config, given, tokenizer, "valid", notice)
-    plan = StepPlan.of(data.num_rows, config.batch_size, config.grad_accum, config.seed, None, 1.0)
+    data = load_for(settings, source, tokenizer, notice=notice)
+    given = held_out_source(source, settings.eval_data)
+    held_out = None if given is None else load_for(settings, given, tokenizer, "valid", notice)
+    plan = StepPlan.of(
+        data.num_rows, settings.batch_size, settings.grad_accum, settings.seed, None, 1.0
+    )
     lengths, padded, real = data.row_lengths(), 0, 0
     for step in range(plan.num_steps):
         for rows in plan.micro_batches(step):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sloth
-from sloth.train.batches import collate, collate_documents, padding_share
-from sloth.train.data import Dataset, load_data
-from sloth.train.examples import Example
-from sloth.train.packing import pack
+from sloth.data.batches import collate, collate_documents, padding_share
+from sloth.data.dataset import Dataset, load_data
+from sloth.data.examples import Example
+from sloth.data.packing import pack
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.oracles import save_tiny

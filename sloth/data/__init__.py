@@ -1,0 +1,1 @@
+"""Rows, masks, examples, batches: from a file of rows to what the network is given."""

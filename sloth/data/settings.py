@@ -1,0 +1,29 @@
+"""What a caller may say about data. Needs no torch, so that `sloth train --help` is quick."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+OnLong = Literal["truncate", "split", "drop", "error"]
+TrainOn = Literal["assistant", "last", "everything"]
+
+# What a row of data can hold, for `columns`; rows.py reads them.
+ROW_FIELDS = (
+    *("messages", "tools", "conversations", "system", "prompt", "completion", "instruction"),
+    *("input", "output", "chosen", "rejected", "text"),
+)
+
+
+class DataSettings(Protocol):
+    """The settings of a run that data hang on; `TrainConfig` has them, and says what they mean."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def on_long(self) -> OnLong: ...
+    @property
+    def train_on(self) -> TrainOn: ...
+    @property
+    def columns(self) -> dict[str, str] | None: ...
+    @property
+    def packing(self) -> bool: ...

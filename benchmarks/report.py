@@ -164,7 +164,7 @@ def _render_case(rows: list[Row]) -> str:
                 f"{row['mfu']:.1%}",
                 f"{row['peak_gib']:.2f}",
                 f"{row['reserved_gib']:.2f}",
-                f"{row['host_ms']:,.0f}",
+                f"{row['host_ms']:,.0f}" if "host_ms" in row else "-",
                 f"{row['load_s']:.0f}",
                 f"{row['first_step_s']:.1f}",
                 f"{row['first_loss']:.4f}",

@@ -24,7 +24,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ def measured(args: argparse.Namespace) -> Results:
         sys.exit(f"the machine's limits could not be measured: {why}")
     limits = found[0]
     run = {
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shown_command(sys.argv[1:]),
         "ceilings": limits["ceilings"],
         "versions": limits["versions"],
     }
@@ -230,6 +230,16 @@ def measured(args: argparse.Namespace) -> Results:
             results = report.merge([{"gpu": limits["gpu"], "runs": [run], **rows}])
             write(results, args.out)
     return results
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """The command, with names such as CHECKPOINTS for the folders of this machine."""
+    folders = {"--checkpoints", "--out", "--peer-site"}
+    shown = [
+        before.strip("-").upper().replace("-", "_") if before in folders else argument
+        for before, argument in zip(["", *argv], argv, strict=False)
+    ]
+    return shlex.join(["python", "-m", "benchmarks.run", *shown])
 
 
 def options() -> argparse.ArgumentParser:

@@ -253,6 +253,13 @@ def test_results_are_written_and_read_back(tmp_path: Path) -> None:
 # -- processes and command lines -------------------------------------------------------------------
 
 
+def test_a_recorded_command_names_no_folder_of_the_machine():
+    argv = ["--cases", "train", "--checkpoints", "/mnt/x", "--out", "/root/y", "--steps", "20"]
+    assert run.shown_command(argv) == (
+        "python -m benchmarks.run --cases train --checkpoints CHECKPOINTS --out OUT --steps 20"
+    )
+
+
 def test_results_are_found_among_other_output() -> None:
     output = f'Unsloth: patching\n{RESULT_MARK}{{"ms": 1}}}}\n{{"ms": 2}}\nbye'
     assert find_results(output) == [{"ms": 1}]

@@ -16,17 +16,17 @@ one chunk in a thread, the next one is rendered.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sloth.data.examples import UNTRAINED, Example
-from sloth.data.masks import Conversation, Span, TemplateShapes
+from sloth.data.masks import Conversation, MaskDisagreement, Span, TemplateShapes
 from sloth.data.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
 from sloth.data.settings import TrainOn
-from sloth.data.sources import Placed
+from sloth.data.sources import Malformed, Placed
 from sloth.errors import DataError, TokenizerMissing
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@
     mapping of splits, such as a `datasets.DatasetDict`
 
 Everything is read as a stream: a file of any size costs the memory of one row (Parquet: of one
-batch of rows).
+batch of rows). Where one row cannot be read and the next one can be found, a `Malformed` comes in
+its place; what leaves no way on (a broken list, a damaged file) is raised.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,8 +36,17 @@ _HUB = re.compile(
 )
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
-MAX_CELL_CHARS = 1 << 27  # csv's own limit, 131,072, is shorter than some chats
-MAX_ROW_CHARS = 1 << 28  # of a row in a JSON list: how far a broken one is read before giving up
+# Of a line, a cell (csv's own limit, 131,072, is shorter than some chats), and how far a broken row
+# of a JSON list is read. Some 16 million tokens of text: no example, so most likely a missing
+# newline.
+MAX_ROW_CHARS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """Stands in a row's place: `error` is for whoever reads on to raise, or to count."""
+
+    error: DataError
 
 
 @dataclass(frozen=True)
@@ -148,33 +159,50 @@ def _reader(file: Path) -> Callable[[Path], Iterator[Placed]]:
     return reader
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
+def _lines(file: Path) -> Iterator[tuple[str, str | Malformed]]:
     """(place, line) of each line that is not blank: UTF-8, a byte-order mark allowed."""
     with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
+        for number in count(1):
+            raw = stream.readline(MAX_ROW_CHARS)
+            if not raw:
+                return
+            where = f"{file}:{number}"
+            if len(raw) == MAX_ROW_CHARS and not raw.endswith(b"\n"):
+                while raw and not raw.endswith(b"\n"):
+                    raw = stream.readline(_CHUNK_BYTES)
+                yield where, _malformed(where, f"a line of {MAX_ROW_CHARS >> 20} MiB or more")
+                continue
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             if line.strip():
-                yield f"{file}:{number}", _decoded(line, f"{file}:{number}")
+                yield where, _decoded(line, where)
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _malformed(where: str, said: str) -> Malformed:
+    return Malformed(DataError(f"{where}: {said}"))
+
+
+def _decoded(line: bytes, where: str) -> str | Malformed:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+        return _malformed(where, f"not UTF-8 at byte {error.start} of the line")
 
 
 def _read_jsonl(file: Path) -> Iterator[Placed]:
     for where, line in _lines(file):
-        try:
-            row = json.loads(line)
-        except RecursionError as error:
-            raise DataError(f"{where}: JSON nested too deeply") from error
-        except ValueError as error:
-            raise DataError(f"{where}: expected one JSON object on the line: {error}") from error
-        if isinstance(row, list):
-            raise DataError(f"{where}: expected one JSON object per line, got a JSON list")
-        yield where, row
+        yield where, line if isinstance(line, Malformed) else _parsed(line, where)
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        return _malformed(where, "JSON nested too deeply")
+    except ValueError as error:
+        return _malformed(where, f"expected one JSON object on the line: {error}")
+    if isinstance(row, list):
+        return _malformed(where, "expected one JSON object per line, got a JSON list")
+    return row
 
 
 def _read_json(file: Path) -> Iterator[Placed]:
@@ -228,25 +256,30 @@ def _read_list(stream: IO[str], name: str) -> Iterator[Placed]:
 
 
 def _read_csv(file: Path) -> Iterator[Placed]:
-    csv.field_size_limit(MAX_CELL_CHARS)
+    csv.field_size_limit(MAX_ROW_CHARS)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-        try:
-            for row in reader:
+        while True:
+            try:
+                row: Any = next(reader)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}: not UTF-8 after line {reader.line_num}") from error
+            except csv.Error as error:
                 where = f"{file}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: expected {len(reader.fieldnames or [])} columns")
-                yield where, row
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 after line {reader.line_num}") from error
-        except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not valid CSV: {error}") from error
+                yield where, _malformed(where, f"not valid CSV: {error}")
+                continue
+            where = f"{file}:{reader.line_num}"
+            if None in row or None in row.values():
+                row = _malformed(where, f"expected {len(reader.fieldnames or [])} columns")
+            yield where, row
 
 
 def _read_txt(file: Path) -> Iterator[Placed]:
     for where, line in _lines(file):
-        yield where, {"text": line.rstrip("\r\n")}
+        yield where, line if isinstance(line, Malformed) else {"text": line.rstrip("\r\n")}
 
 
 def _read_parquet(file: Path) -> Iterator[Placed]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.common import DEVICE, emit
 from benchmarks.roofline import ModelShape
 from benchmarks.timing import REPEATS, median_us
-from tools.random_checkpoint import SHAPES
+from tools.shapes import SHAPES, hf_config
 
 OPS = ("nf4", "rms_norm", "rope", "glu", "linear_cross_entropy", "attention", "lora_linear")
 FACTOR = 2.0
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    shape = ModelShape.from_hf(SHAPES[args.model])
+    shape = ModelShape.from_hf(hf_config(args.model))
     for num_tokens in map(int, args.tokens.split(",")):
         for case in cases_of(args.op, shape, num_tokens):
             for row in run_case(case, args.repeats):

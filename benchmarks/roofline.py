@@ -30,7 +30,8 @@ BF16_BYTES = 2
 class ModelShape:
     """The sizes of a decoder that decide its cost.
 
-    windows: the attention window of every layer, None for full attention.
+    windows: the attention window of every layer, None for full attention. softcap: of attention's
+    scores, None for none.
     """
 
     num_layers: int
@@ -41,6 +42,7 @@ class ModelShape:
     head_dim: int
     vocabulary: int
     windows: tuple[int | None, ...]
+    softcap: float | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelShape:
@@ -58,6 +60,7 @@ class ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocabulary=config["vocab_size"],
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            softcap=config.get("attn_logit_softcapping"),
         )
 
     @classmethod

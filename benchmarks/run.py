@@ -249,7 +249,7 @@ def options() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cases", choices=("train", "kernels", "all"), default="all")
-    add("--models", default="llama-3.1-8b", help="shapes of tools/random_checkpoint.py, by commas")
+    add("--models", default="llama-3.1-8b", help="shapes of tools/shapes.py, by commas")
     add("--shapes", default="4x2048,1x8192", help="by commas; 1x8192p is packed")
     add("--dtypes", default="nf4", help="of the base: nf4, bf16, by commas")
     add("--sloth", default="sloth", help="settings of sloth, by commas")

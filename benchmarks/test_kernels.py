@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cases import OPS, cases_of, relative_error, within
 from benchmarks.roofline import ModelShape
-from tools.random_checkpoint import SHAPES
+from tools.shapes import hf_config
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = [
@@ -29,7 +29,7 @@ NUM_TOKENS = 8192
 @pytest.mark.parametrize("op", OPS)
 def test_kernel(op: str, who: str, benchmark: Any) -> None:
     torch.manual_seed(0)
-    shape = ModelShape.from_hf(SHAPES["llama-3.1-8b"])
+    shape = ModelShape.from_hf(hf_config("llama-3.1-8b"))
     # Of lora_linear the first case is the limit alone; the next one has the contenders.
     cases = (case for case in cases_of(op, shape, NUM_TOKENS) if "sloth" in case.contenders)
     case = next(cases)

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import report, roofline, run
-from benchmarks.cases import KernelCase, run_case, within
+from benchmarks.cases import KernelCase, relative_error, run_case, within
 from benchmarks.common import RESULT_MARK, find_results, percentile
 from benchmarks.data import IGNORED, MEAN_LENGTH, document_lengths, packed_batch, random_batch
+from benchmarks.kernels import attention
 from benchmarks.report import DifferentGPUs, Row, disagreement, median_rows, merge, render, slug
 from benchmarks.roofline import ModelShape
+from sloth.models import ARCHITECTURES
 from tools.pack_peers import keeper
-from tools.random_checkpoint import SHAPES
+from tools.random_checkpoint import random_tensors
+from tools.shapes import SHAPES, hf_config
 
-LLAMA_8B = ModelShape.from_hf(SHAPES["llama-3.1-8b"])
-LLAMA_70B = ModelShape.from_hf(SHAPES["llama-3.1-70b"])
-GEMMA_2_9B = ModelShape.from_hf(
-    {
-        "text_config": {
-            "num_hidden_layers": 42,
-            "hidden_size": 3584,
-            "intermediate_size": 14336,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "vocab_size": 256000,
-            "sliding_window": 4096,
-            "layer_types": ["sliding_attention", "full_attention"] * 21,
-        }
-    }
-)
+LLAMA_8B = ModelShape.from_hf(hf_config("llama-3.1-8b"))
+LLAMA_70B = ModelShape.from_hf(hf_config("llama-3.1-70b"))
+GEMMA_2_9B = ModelShape.from_hf({"text_config": hf_config("gemma-2-9b")})
 
 
 def train_row(who: str, ms: float = 100.0, **other: object) -> Row:
@@ -61,6 +51,43 @@ def test_weights_of_llama_8b() -> None:
     assert LLAMA_8B.linear_weights == pytest.approx(6.979e9, rel=1e-3)
     assert LLAMA_8B.head_weights == pytest.approx(0.525e9, rel=1e-3)
     assert LLAMA_8B.lora_parameters(16) == pytest.approx(41.9e6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "head"),
+    [
+        ("llama-3.1-70b", 68.45, 1.051),
+        ("mistral-7b", 6.979, 0.134),
+        ("qwen2.5-7b", 6.525, 0.545),
+        ("qwen3-8b", 6.946, 0.622),
+        ("gemma-2-9b", 8.324, 0.918),
+        ("gemma-3-12b", 10.758, 1.007),
+    ],
+)
+def test_weights_of_other_shapes(name: str, linear: float, head: float) -> None:
+    shape = ModelShape.from_hf(hf_config(name))
+    assert shape.linear_weights / 1e9 == pytest.approx(linear, rel=1e-3)
+    assert shape.head_weights / 1e9 == pytest.approx(head, rel=3e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_random_checkpoint_fills_every_parameter(name: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    config = hf_config(name) | small | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config |= {"vocab_size": 64}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:2]
+    config_class, decoder = ARCHITECTURES[config["model_type"]]
+    network = decoder(config_class.from_hf(config))
+    written = dict(random_tensors(config, nf4=False, device="cpu"))
+    assert written.keys() == dict(network.named_parameters()).keys()
+    network.load_state_dict(written)
+    tokens = torch.arange(40)[None]
+    loss = network.loss(tokens, tokens).item()
+    assert 0.5 * math.log(64) < loss < 2 * math.log(64)
+    vectors = {name for name, x in written.items() if x.dim() == 1 and not name.endswith("bias")}
+    offset = network.model.norm.offset  # norms that change nothing: 1, stored less the offset
+    assert all((written[name] == 1 - offset).all() for name in vectors)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +280,7 @@ def test_results_are_written_and_read_back(tmp_path: Path) -> None:
 # -- processes and command lines -------------------------------------------------------------------
 
 
-def test_a_recorded_command_names_no_folder_of_the_machine():
+def test_a_recorded_command_names_no_folder_of_the_machine() -> None:
     argv = ["--cases", "train", "--checkpoints", "/mnt/x", "--out", "/root/y", "--steps", "20"]
     assert run.shown_command(argv) == (
         "python -m benchmarks.run --cases train --checkpoints CHECKPOINTS --out OUT --steps 20"
@@ -331,6 +358,14 @@ def test_a_wrong_contender_is_not_timed_and_a_missing_one_says_so() -> None:
     assert "us" not in rows["wrong"] and "not timed" in rows["wrong"]["failed"]
     assert "us" not in rows["nan"]
     assert rows["missing"]["failed"] == "ModuleNotFoundError: no peer"
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_attention_is_held_against_its_window_cap_and_documents(softcap: float | None) -> None:
+    small = ModelShape(2, 32, 48, 2, 1, 16, 64, (100, None), softcap)
+    for case in attention.cases(small, num_tokens=256):
+        outputs = case.contenders["sloth"]()()
+        assert max(relative_error(outputs, case.truth())) < 0.02, case.name
 
 
 def test_errors_are_held_against_the_baselines() -> None:

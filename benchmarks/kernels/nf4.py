@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.cases import KernelCase, Outputs, compiled
 from benchmarks.common import DEVICE
 from benchmarks.roofline import ModelShape, nf4_bytes
-from sloth.kernels.ops.batch import NF4Batch
+from sloth.kernels.ops.batch import NF4Batch, NF4Part
 from sloth.kernels.ops.nf4 import NF4Weight, nf4_dequantize, nf4_dequantize_reference
 from sloth.quant.nf4 import quantize_nf4
 
@@ -35,7 +35,7 @@ def _compiled(weights: list[NF4Weight]) -> Run:
 
 def _batch(weights: list[NF4Weight]) -> Run:
     outs = tuple(torch.empty(w.shape, dtype=torch.bfloat16, device=DEVICE) for w in weights)
-    batch = NF4Batch(list(zip(weights, outs, strict=True)))
+    batch = NF4Batch([NF4Part(w, out) for w, out in zip(weights, outs, strict=True)])
 
     def run() -> Outputs:
         batch.run()

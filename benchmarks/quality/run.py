@@ -1,0 +1,117 @@
+"""Does it train as well? The same QLoRA run on real text in sloth and in the peer, several seeds.
+
+    python -m benchmarks.quality.run --model MODEL --gsm8k FOLDER --work WORK --out OUT
+    python -m benchmarks.quality.run --draw OUT/quality.json
+
+MODEL is a folder, alias or GGUF file of a real model; FOLDER holds gsm8k_train.jsonl and
+gsm8k_test.jsonl. Programs run in processes of their own, one after the other. The verdict: sloth's
+mean held-out loss lies between the peer's best and worst seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.work import prepare
+from benchmarks.run import Processes
+
+PROGRAMS = {"sloth": "benchmarks.quality.sloth_run", "hf": "benchmarks.quality.hf_run"}
+SMOOTHED_STEPS = 20
+Runs = list[dict[str, Any]]
+
+
+def finals(runs: Runs, name: str) -> list[float]:
+    """Held-out losses of a program after the last step, by seed."""
+    return [list(run["held_out"].values())[-1] for run in runs if run["name"] == name]
+
+
+def verdict(runs: Runs) -> tuple[bool, str]:
+    """Whether sloth's mean held-out loss is inside the peer's seeds, and a line that says so."""
+    ours, peers = finals(runs, "sloth"), finals(runs, "hf")
+    mean = sum(ours) / len(ours)
+    inside = min(peers) <= mean <= max(peers)
+    spread = f"{min(peers):.4f} to {max(peers):.4f}"
+    return inside, (
+        f"held-out loss: sloth {mean:.4f} ({', '.join(f'{x:.4f}' for x in ours)}), "
+        f"peer {spread} over {len(peers)} seeds: {'inside' if inside else 'OUTSIDE'}"
+    )
+
+
+def smoothed(losses: Sequence[float], width: int = SMOOTHED_STEPS) -> list[float]:
+    """Means of the last `width` steps."""
+    return [
+        sum(losses[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(losses))
+    ]
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Training curves of every seed, smoothed, and held-out losses, in one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    train, held_out = figure.subplots(1, 2)
+    colours = {"sloth": "#3465a4", "hf": "#cc4400"}
+    for run in runs:
+        look = {"color": colours[run["name"]], "alpha": 0.7, "linewidth": 1}
+        label = run["name"] if run["seed"] == runs[0]["seed"] else None
+        train.plot(smoothed(run["losses"]), label=label, **look)
+        steps = [int(step) for step in run["held_out"]]
+        held_out.plot(steps, list(run["held_out"].values()), marker="o", label=label, **look)
+    train.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED_STEPS} steps")
+    held_out.set(xlabel="step", ylabel="held-out loss")
+    for axes in (train, held_out):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
+
+
+def measured(args: argparse.Namespace) -> Runs:
+    """Prepare the work folder and run every program with every seed."""
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    prepare(args.model, args.gsm8k, args.work, args.steps, seeds)
+    processes, runs = Processes(args.peer_site, args.timeout), []
+    for seed in seeds:
+        for name, module in PROGRAMS.items():
+            command = [module, str(args.work), "--seed", str(seed)]
+            results, why = processes.run(command, is_peer=name != "sloth")
+            if why is not None:
+                sys.exit(f"{name}, seed {seed}: {why}")
+            runs += results
+            print(f"{name}, seed {seed}: {finals(results, name)[0]:.4f}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quality.json").write_text(json.dumps(runs) + "\n")
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model")
+    add("--gsm8k", type=Path, help="folder of gsm8k_train.jsonl and gsm8k_test.jsonl")
+    add("--work", type=Path, help="folder for the prepared model and batches")
+    add("--out", type=Path, help="folder for quality.json")
+    add("--steps", type=int, default=400)
+    add("--seeds", default="0,1,2", help="by commas")
+    add("--peer-site", type=Path, help="folder that tools/pack_peers.py's tarball was unpacked to")
+    add("--timeout", type=float, default=600, help="seconds that one process may take")
+    add("--draw", type=Path, help="only draw quality.svg beside this quality.json")
+    args = parser.parse_args()
+    if args.draw:
+        draw(json.loads(args.draw.read_text()), args.draw.with_suffix(".svg"))
+        return
+    if not (args.model and args.gsm8k and args.work and args.out):
+        parser.error("--model, --gsm8k, --work and --out are needed")
+    inside, line = verdict(measured(args))
+    print(line)
+    sys.exit(not inside)
+
+
+if __name__ == "__main__":
+    main()

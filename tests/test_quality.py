@@ -1,0 +1,42 @@
+"""The quality benchmark's arithmetic: which runs count, and what it says about them."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.quality.run import draw, finals, smoothed, verdict
+
+
+def run(name: str, seed: int, final: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "seed": seed,
+        "losses": [2.0, 1.5, final],
+        "held_out": {"0": 2.5, "3": final},
+    }
+
+
+PEERS = [run("hf", seed, loss) for seed, loss in enumerate([1.01, 1.05, 1.03])]
+
+
+def test_the_loss_after_the_last_step_is_the_one_that_counts():
+    assert finals([*PEERS, run("sloth", 0, 1.02)], "hf") == [1.01, 1.05, 1.03]
+
+
+@pytest.mark.parametrize("losses, inside", [([1.00, 1.04], True), ([1.0, 1.0], False)])
+def test_sloth_is_judged_by_its_mean_inside_the_peers_spread(losses, inside):
+    ours = [run("sloth", seed, loss) for seed, loss in enumerate(losses)]
+    passed, line = verdict([*PEERS, *ours])
+    assert passed is inside
+    assert "1.0100 to 1.0500 over 3 seeds" in line
+    assert ("OUTSIDE" in line) is not inside
+
+
+def test_smoothed_is_a_trailing_mean():
+    assert smoothed([4.0, 2.0, 6.0, 0.0], width=2) == [4.0, 3.0, 4.0, 3.0]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw([*PEERS, run("sloth", 0, 1.02)], tmp_path / "quality.svg")
+    assert (tmp_path / "quality.svg").read_text().count("<svg") == 1

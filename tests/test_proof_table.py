@@ -1,0 +1,48 @@
+"""Every model type is held to every promise: the proof table has no empty cell but those named."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from sloth.models import ARCHITECTURES
+from tools.proof_table import COLUMNS, markdown, proofs
+
+# No source of Gemma 1's chat template is at hand.
+GAPS = {("gemma", "template")}
+
+
+def test_every_model_type_is_proved_in_every_column(request: pytest.FixtureRequest) -> None:
+    """Of what this run has collected, so it takes a run of the whole suite."""
+    items = request.session.items
+    names = {getattr(item, "originalname", None) for item in items}
+    if not {name for tests in COLUMNS.values() for name in tests} <= names:
+        pytest.skip("only a part of the suite is collected")
+    cells = {(model_type, column) for model_type in ARCHITECTURES for column in COLUMNS}
+    assert cells - proofs(items).keys() == GAPS
+
+
+def test_a_cell_is_told_by_the_tests_name_and_the_type_by_its_parameters() -> None:
+    def item(test: str, module: object = None, cls: object = None, **params: object) -> object:
+        spec = SimpleNamespace(params=params)
+        return SimpleNamespace(
+            nodeid=f"x.py::{test}", originalname=test, callspec=spec, module=module, cls=cls
+        )
+
+    (twin,), (decode,), (gguf,) = COLUMNS["twin"], COLUMNS["decode"], COLUMNS["GGUF in"]
+    family = SimpleNamespace(model_type="mistral", variants={"a": {}, "b": {"model_type": "llama"}})
+    module = SimpleNamespace(VARIANTS={"q-w": {"model_type": "qwen2"}})
+    found = proofs(
+        [
+            item(gguf, module, folder="gemma2"),
+            item(twin, module, name="q-w", targets=["q_proj"]),
+            item(decode, module, family, variant="a"),
+            item(decode, module, family, variant="b"),
+            item("test_something_else", module, model_type="qwen3"),
+            item(gguf, module, folder="no_type"),
+        ]
+    )
+    cells = {("gemma2", "GGUF in"), ("qwen2", "twin"), ("mistral", "decode"), ("llama", "decode")}
+    assert found.keys() == cells
+    assert f"qwen2, twin: x.py::{twin}" in markdown(found)

@@ -39,13 +39,15 @@ _BNB_FP4_MARK = ".quant_state.bitsandbytes__fp4"
 class Assembled:
     """A network with what came along with it.
 
-    hf_config: the text model's config.json. left_out: tensors of a multimodal model's other parts.
+    hf_config: the text model's config.json. wrapper: model_type of the multimodal model around it,
+    None for a text model. left_out: tensors of that model's other parts.
     """
 
     network: Decoder
     hf_config: dict[str, Any]
     tokenizer: Tokenizer | None
     is_quantized: bool
+    wrapper: str | None = None
     left_out: tuple[str, ...] = ()
 
 
@@ -65,11 +67,13 @@ def assemble(
     if quant not in QUANTIZATIONS:
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
     source, hf_config, tokenizer = _open(path)
+    wrapper: str | None = None
     left_out: tuple[str, ...] = ()
     if hf_config.get("model_type") in WRAPPERS:
+        wrapper = hf_config["model_type"]
         source = TextTower(source)
         left_out = tuple(source.left_out)
-        _tell_left_out(hf_config["model_type"], left_out)
+        _tell_left_out(wrapper, left_out)
         hf_config = text_config(hf_config, ignore_config)
     model_type = hf_config.get("model_type")
     if model_type not in ARCHITECTURES:
@@ -92,7 +96,7 @@ def assemble(
     _fill(network, source, device, dtype)
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)
-    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, left_out)
+    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, wrapper, left_out)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sloth import __version__
 from sloth.arguments import config_path, spell_out_resume
 from sloth.errors import SlothError
 from sloth.lora_config import LoraConfig
-from sloth.train.config import TrainConfig, load_config
+from sloth.train.config import TrainConfig, load_config, with_overrides
 from sloth.train.redact import Redactor
 
 if TYPE_CHECKING:
@@ -120,10 +120,11 @@ def train(arguments: Sequence[str]) -> int:
     wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
     values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
     shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
-    default: Any = Train(tyro.MISSING, tyro.MISSING, shown)
-    parsed = _parse(Train, "train", arguments, default)
+    parsed = _parse(Train, "train", arguments, Train(tyro.MISSING, tyro.MISSING, shown))
     flags = {name: getattr(parsed.settings, name) for name in TrainConfig.model_fields}
-    config = TrainConfig(**{**flags, "lora": parsed.settings.lora if wants_lora else None})
+    flags["lora"] = parsed.settings.lora if wants_lora else None
+    changed = {name: value for name, value in flags.items() if value != getattr(from_file, name)}
+    config = with_overrides(from_file, changed, origin="flag")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = parsed.loading.load(parsed.model, config.quant)
@@ -138,8 +139,7 @@ def train(arguments: Sequence[str]) -> int:
         f"{len(report.losses)} steps, {report.tokens} tokens, {report.seconds:.0f} s, "
         f"loss {last:.4f}"
     )
-    for name, path in report.paths.items():
-        print(f"{name:>12}  {path}")
+    print("\n".join(f"{name:>12}  {path}" for name, path in report.paths.items()))
     return 0
 
 

@@ -15,15 +15,16 @@ import tyro
 from rich.console import Console
 
 from sloth.data.check import check_data, epoch_seconds, histogram
-from sloth.data.dataset import describe_row, say
+from sloth.data.dataset import say
 from sloth.data.settings import OnLong, TrainOn
+from sloth.data.show import describe_first_row
 from sloth.errors import SlothError
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
 from sloth.linear import Linear
 from sloth.models import ARCHITECTURES
 from sloth.text.tokenizer import Tokenizer
-from sloth.train.config import TrainConfig, load_config
+from sloth.train.config import ObjectiveName, TrainConfig, load_config
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Check:
     """What is trained."""
     packing: bool = False
     """Put several examples into a row."""
+    skip_bad: bool = False
+    """Leave malformed rows out and count them."""
+    objective: ObjectiveName | None = None
+    """What the data are for: dpo and orpo read preference pairs."""
     columns: dict[str, str] | None = None
     """Which column holds which field, as in --columns prompt question completion answer."""
     batch_size: int | None = None
@@ -55,9 +60,13 @@ class Check:
 
     def settings(self) -> TrainConfig:
         """The run's settings."""
-        names = ("max_length", "on_long", "train_on", "columns", "batch_size", "grad_accum")
+        names = (
+            *("max_length", "on_long", "train_on", "objective", "columns"),
+            *("batch_size", "grad_accum"),
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return load_config(self.config, {**given, **({"packing": True} if self.packing else {})})
+        given |= {name: True for name in ("packing", "skip_bad") if getattr(self, name)}
+        return load_config(self.config, given)
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -84,7 +93,7 @@ def data(arguments: Sequence[str]) -> int:
     for line in histogram(check.data.examples):
         console.print(f"  {line}", markup=False)
     console.print("\nfirst row, trained parts in [+ +]:", markup=False)
-    console.print(describe_row(check.data.examples[0], tokenizer))
+    console.print(describe_first_row(check.data, tokenizer))
     for warning in check.data.counts.warnings():
         console.print(f"\nWARNING: {warning}", markup=False)
     return 0

@@ -49,6 +49,10 @@ class SaveFailed(SlothError):
     """A checkpoint that could not be written: disk full, no permission."""
 
 
+class UploadFailed(SlothError):
+    """A push to the hub that was refused: no token, no permission, no connection."""
+
+
 class BudgetTooSmall(SlothError):
     """A memory budget that no plan of a training step fits into."""
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sloth.assemble import assemble
 from sloth.dtypes import dtype_name, resolve_dtype
+from sloth.embedding import Embedding
 from sloth.errors import AdapterMismatch, CheckpointMismatch, OutputExists
 from sloth.formats.adapter import read_adapter, save_adapter_files
 from sloth.formats.checkpoint import write_safetensors
@@ -28,8 +29,9 @@ from sloth.kernels.ops.lora_linear import dense_weight
 from sloth.kernels.ops.nf4 import NF4Weight
 from sloth.linear import Projection
 from sloth.lora import (
-    adapter_disabled,
+    EMBEDDING,
     adapter_tensors,
+    is_lora_name,
     load_adapter_tensors,
     merged_weight,
     peft_targets,
@@ -37,6 +39,7 @@ from sloth.lora import (
 )
 from sloth.quant.bnb import bnb_quantization_config, bnb_tensors
 from sloth.quant.nf4 import quantize_nf4
+from sloth.train.card import Subject, write_card
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -70,11 +73,14 @@ def save_adapter(model: Model, folder: Path) -> Path:
             base_name=model.name,
             revision=model.revision,
             target_suffixes=peft_targets(network),
+            for_wrapper=model.wrapper is not None,
         )
         if model.has_tokenizer:
             model.tokenizer.save(partial)
+        write_card(partial, _subject(model, is_adapter=True), model.training)
         files = read_adapter(partial)
-        for path, module in projections(network).items():
+        adaptable: dict[str, Any] = {EMBEDDING: network.model.embed_tokens, **projections(network)}
+        for path, module in adaptable.items():
             if module.has_lora and files.config.scale_of(path) != module.lora_scale:
                 raise AdapterMismatch(f"read back, the scale of {path} differs from the model's")
         expected = probe_logits(model.network, model.device)
@@ -88,7 +94,7 @@ def save_merged(model: Model, folder: Path, dtype: str | torch.dtype | None = No
     """Dense Hugging Face folder of W + s B A, formed in fp32 and cast once."""
     target = model.dtype if dtype is None else resolve_dtype(dtype, model.device)
     tensors = ((name, tensor.to(target)) for name, tensor in merged_tensors(model))
-    return _save_folder(model, folder, tensors, target, tied=model.network.tied)
+    return _save_folder(model, folder, tensors, target, model.network.tied, has_card=True)
 
 
 def merged_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -96,6 +102,8 @@ def merged_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     for name, module, parameter in _entries(model):
         if isinstance(module, Projection) and name.endswith(".weight"):
             parameter = merged_weight(module)
+        elif isinstance(module, Embedding):
+            parameter = module.merged_weight()
         yield name, parameter.detach()
 
 
@@ -138,16 +146,20 @@ def save_base(model: Model, folder: Path, quant: str | None = None) -> Path:
             else:
                 yield from bnb_tensors(name, quantize_nf4(value.to(model.dtype))).items()
 
-    with _as_base(model):
+    with model.adapter_off() if model.has_adapter else nullcontext():
         return _save_folder(
             model, folder, tensors(), model.dtype, model.base_is_tied, quant, kept_dense
         )
 
 
+def _subject(model: Model, is_adapter: bool) -> Subject:
+    return Subject(model.name, model.revision, model.license, is_adapter, model.is_quantized)
+
+
 def _entries(model: Model) -> Iterator[tuple[str, torch.nn.Module, Any]]:
     """(name, owner, parameter) of every tensor of the base, in network order."""
     for path, module in model.network.named_modules():
-        if path.endswith((".lora_A", ".lora_B")):
+        if path.endswith((".lora_A", ".lora_B", ".token_adapter")):
             continue
         if isinstance(module, Projection):
             yield f"{path}.weight", module, module.weight
@@ -155,7 +167,8 @@ def _entries(model: Model) -> Iterator[tuple[str, torch.nn.Module, Any]]:
                 yield f"{path}.bias", module, module.bias
         else:
             for leaf, parameter in module.named_parameters(recurse=False):
-                yield f"{path}.{leaf}", module, parameter
+                if not is_lora_name(f"{path}.{leaf}"):
+                    yield f"{path}.{leaf}", module, parameter
 
 
 def _save_folder(
@@ -166,6 +179,7 @@ def _save_folder(
     tied: bool,
     quant: str | None = None,
     kept_dense: list[str] | None = None,
+    has_card: bool = False,
 ) -> Path:
     with published(folder) as partial:
         write_safetensors(partial, tensors)
@@ -182,6 +196,8 @@ def _save_folder(
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if model.has_tokenizer:
             model.tokenizer.save(partial)
+        if has_card:
+            write_card(partial, _subject(model, is_adapter=False), model.training)
         _verify(model, partial, dtype, is_requantized=quant is not None and not model.is_quantized)
     return folder
 
@@ -229,22 +245,6 @@ def _device_with_room(model: Model) -> torch.device:
     )
     free_bytes, _ = torch.cuda.mem_get_info(model.device)
     return model.device if free_bytes > 1.3 * need_bytes else torch.device("cpu")
-
-
-@contextmanager
-def _as_base(model: Model) -> Iterator[None]:
-    """Inside, the network computes as it did before the adapter came."""
-    trained: dict[str, Tensor] = {}
-    parameters = dict(model.network.named_parameters())
-    with adapter_disabled(model.network):
-        for name, original in model.originals.items():
-            trained[name] = parameters[name].data
-            parameters[name].data = original.to(trained[name])
-        try:
-            yield
-        finally:
-            for name, value in trained.items():
-                parameters[name].data = value
 
 
 @contextmanager

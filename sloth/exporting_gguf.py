@@ -82,11 +82,11 @@ def save_gguf_adapter(model: Model, folder: Path) -> Path:
     """The adapter alone as `adapter.gguf`, for `llama-server --lora` or Ollama's ADAPTER."""
     if model.lora_config is None:
         raise AdapterMismatch("the model has no adapter to save; call add_lora or train first")
-    if model.lora_config.modules_to_save:
+    beyond = _beyond_gguf(model)
+    if beyond:
         raise AdapterMismatch(
-            f"a GGUF adapter holds low-rank matrices only, and this one trains "
-            f"{', '.join(model.lora_config.modules_to_save)} in full; write the whole model with "
-            "save_gguf"
+            f"a GGUF adapter holds low-rank matrices of projections only, and this one "
+            f"{' and '.join(beyond)}; write the whole model with save_gguf"
         )
     arch, config = _described(model)
     factors = {
@@ -100,6 +100,22 @@ def save_gguf_adapter(model: Model, folder: Path) -> Path:
         write_adapter(file, arch, config, alpha, factors, Path(model.name).name)
         _verify_adapter(file, arch, config, factors)
     return folder
+
+
+def _beyond_gguf(model: Model) -> list[str]:
+    """What an adapter does that a GGUF adapter cannot say."""
+    config = model.lora_config
+    assert config is not None
+    found = []
+    if config.modules_to_save:
+        found.append(f"trains {', '.join(config.modules_to_save)} in full")
+    if config.use_dora:
+        found.append("scales rows to trained lengths (use_dora)")
+    if config.token_rows:
+        found.append(f"trains token rows of {', '.join(config.token_rows)}")
+    if model.network.model.embed_tokens.has_lora:
+        found.append("adapts embed_tokens")
+    return found
 
 
 def _described(model: Model) -> tuple[GGUFArch, Config]:

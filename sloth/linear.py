@@ -4,19 +4,23 @@ one.
 `Projection` is the interface that models and twins see: `base` (a dense matrix or NF4 codes),
 `bias`, and `lora` (the low-rank operands, or None). `Linear` stores the matrix dense;
 `quant.Linear4bit` in NF4. The adapter is injected, not wrapped around: `lora_A` and `lora_B` are
-None or children holding `weight`, so `q_proj.lora_A.weight` is PEFT's key without its prefix.
+None or children holding `weight`, so `q_proj.lora_A.weight` is PEFT's key without its prefix; so is
+`q_proj.lora_magnitude_vector`, the trained row lengths of DoRA.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sloth.kernels.dispatch import OPS, Ops
-from sloth.kernels.ops.lora_linear import Base, LoraOperands
+from sloth.kernels.ops.dora import Magnitude, squared_row_norms
+from sloth.kernels.ops.lora_linear import Base, LoraOperands, adapted_row_norms
+from sloth.kernels.rows import compute_dtype
 
 
 class OpModule(nn.Module):
@@ -38,6 +42,8 @@ class Projection(OpModule):
 
     lora_A: LoraFactor | None
     lora_B: LoraFactor | None
+    lora_magnitude_vector: nn.Parameter | None
+    token_adapter: Any  # trained rows of an output head, `embedding.TokenRows`; read by the decoder
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -46,9 +52,13 @@ class Projection(OpModule):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self.register_module("lora_A", None)
         self.register_module("lora_B", None)
+        self.register_parameter("lora_magnitude_vector", None)
+        self.register_module("token_adapter", None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
         self.lora_enabled = True
+        self._squared_norms: tuple[object, Tensor] | None = None
+        self._held_norms: Tensor | None = None
 
     @property
     def base(self) -> Base:
@@ -70,29 +80,70 @@ class Projection(OpModule):
         """The adapter's operands, switched on or off; None without one."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        return LoraOperands(
-            self.lora_A.weight, self.lora_B.weight, self.lora_scale, self.lora_dropout
-        )
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return LoraOperands(A, B, self.lora_scale, self.lora_dropout, self._magnitude())
 
     @property
     def has_lora(self) -> bool:
         """Whether an adapter is attached, switched on or off."""
         return self.lora_A is not None
 
-    def attach_lora(self, rank: int, scale: float, dropout: float, device: torch.device) -> None:
+    def attach_lora(
+        self,
+        rank: int,
+        scale: float,
+        dropout: float,
+        device: torch.device,
+        use_dora: bool = False,
+    ) -> None:
         """Fill the slot with fp32 A [rank, in] uniform in +-1/sqrt(in) and B [out, rank] zero.
 
-        The initial values are PEFT's (Kaiming uniform with a = sqrt(5)), so B A starts at zero.
+        The initial values are PEFT's (Kaiming uniform with a = sqrt(5)), so B A starts at zero;
+        with use_dora the magnitudes [out] start at the norms of the base's rows.
         """
         bound = 1 / math.sqrt(self.in_features)
         a = torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound)
         self.lora_A = LoraFactor(a)
         self.lora_B = LoraFactor(torch.zeros(self.out_features, rank, device=device))
         self.lora_scale, self.lora_dropout = scale, dropout
+        if use_dora:
+            lengths = torch.empty(self.out_features, device=device)
+            if device.type != "meta":
+                lengths = self.squared_norms(torch.float32).sqrt()
+            self.lora_magnitude_vector = nn.Parameter(lengths)
 
     def detach_lora(self) -> None:
         """Empty the slot."""
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = self.lora_magnitude_vector = None
+
+    def squared_norms(self, dtype: torch.dtype) -> Tensor:
+        """||W_j||^2 [out] of the base's rows in `dtype`; kept while the base stays as it is."""
+        base = self.base
+        version = None
+        if isinstance(base, Tensor) and not base.is_inference():
+            version = base._version  # counts what was written in place
+        key = (self.address, version, base.dtype, dtype)
+        if self._squared_norms is None or self._squared_norms[0] != key:
+            self._squared_norms = key, squared_row_norms(base, dtype)
+        return self._squared_norms[1]
+
+    def hold_norms(self) -> None:
+        """Take DoRA's norms once, as the factors are now, until `release_norms`."""
+        lora = self.lora_slot
+        if lora is not None and lora.magnitude is not None:
+            self._held_norms = adapted_row_norms(self.base, lora, self.base.dtype)
+
+    def release_norms(self) -> None:
+        """Follow the factors again."""
+        self._held_norms = None
+
+    def _magnitude(self) -> Magnitude | None:
+        m = self.lora_magnitude_vector
+        if m is None or self.lora_A is None:
+            return None
+        if self._held_norms is not None:
+            return Magnitude(m, None, self._held_norms)
+        return Magnitude(m, self.squared_norms(compute_dtype(self.lora_A.weight.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""

@@ -9,11 +9,13 @@ import torch
 
 from sloth.assemble import assemble
 from sloth.dtypes import resolve_dtype
-from sloth.errors import KernelUnavailable
+from sloth.errors import KernelUnavailable, TokenizerMissing
 from sloth.formats.adapter import read_adapter
-from sloth.formats.hub import resolve
+from sloth.formats.hub import read_license, resolve
 from sloth.lora import load_adapter_tensors
 from sloth.model import Model
+from sloth.new_tokens import grow_network, rows_of_adapter
+from sloth.text.tokenizer import Tokenizer
 
 
 def load(
@@ -31,7 +33,8 @@ def load(
 
     name: alias ("llama-3.2-1b"), hub repository id, Hugging Face folder, or .gguf file.
     quant: None keeps what is on disk (a bitsandbytes 4-bit folder stays 4-bit), "nf4" quantizes.
-    adapter: PEFT adapter folder to attach, to use or to train on; the base is then frozen.
+    adapter: PEFT adapter folder to attach, to use or to train on; the base is then frozen. One with
+    new tokens brings their rows and the tokenizer beside it.
     device: "auto" is CUDA when there is one. dtype: "auto" is bf16 on a GPU, fp32 on a CPU.
     level: "auto", or a kernel level by name: reference, ops, fused.
     revision: branch, tag or commit on the hub. ignore_config: config.json keys to leave unread.
@@ -53,15 +56,29 @@ def load(
         parts.tokenizer,
         name=found.repo_id or str(found.path),
         revision=found.revision,
+        license=read_license(Path(found.path)),
+        wrapper=parts.wrapper,
         requested_level=level,
         is_quantized=parts.is_quantized,
         frozen_base=adapter is not None,
     )
     if adapter is not None:
         files = read_adapter(Path(adapter))
+        grow_network(model.network, rows_of_adapter(files.config, files.tensors), "mean")
+        _take_larger_tokenizer(model, Path(adapter))
         model._attach(files.config, strict=False)
         load_adapter_tensors(model.network, files.config, files.tensors)
     return model
+
+
+def _take_larger_tokenizer(model: Model, adapter: Path) -> None:
+    """Use the tokenizer beside an adapter where it has tokens that the base's has not."""
+    try:
+        tokenizer = Tokenizer.from_folder(adapter)
+    except TokenizerMissing:
+        return
+    if model.has_tokenizer and tokenizer.vocab_size > model.tokenizer.vocab_size:
+        model.take_tokenizer(tokenizer)
 
 
 def _device(device: str | torch.device) -> torch.device:

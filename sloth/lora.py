@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sloth.embedding import Embedding, TokenRows
 from sloth.errors import AdapterMismatch, NoTargets
+from sloth.kernels.ops.dora import gains_of
 from sloth.kernels.ops.lora_linear import dense_weight
 from sloth.linear import Projection
 from sloth.lora_config import LoraConfig
@@ -22,6 +25,17 @@ from sloth.models.decoder import Decoder
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
+
+# Of parameters that are an adapter's own, in PEFT's spelling.
+ADAPTER_SUFFIXES = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_magnitude_vector",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".token_adapter.trainable_tokens_delta",
+)
+BASE_LAYER = ".base_layer.weight"
 
 
 def projections(network: nn.Module) -> dict[str, Projection]:
@@ -34,29 +48,76 @@ def attach_lora(network: Decoder, config: LoraConfig, strict: bool = True) -> li
 
     strict: refuse a listed target that matches nothing although others match; files written by
     other tools may list such names, so reading an adapter passes False.
-    Raises NoTargets when nothing matches, AdapterMismatch when an adapter is already attached.
+    Raises NoTargets when nothing matches, AdapterMismatch when an adapter is already attached or
+    one module is asked to be adapted in two ways.
     """
     if has_adapter(network):
         raise AdapterMismatch(
             "the model already has an adapter; load the base again for another one"
         )
-    if HEAD in config.modules_to_save or "embed_tokens" in config.modules_to_save:
-        network.untie()  # trained apart, embedding and head are two matrices from here on
     targets = target_paths(network, config, strict)
+    _refuse_conflicts(network, config, targets)
+    if config.modules_to_save:
+        network.untie()  # trained apart, embedding and head are two matrices from here on
+    elif EMBEDDING in targets or HEAD in targets:
+        network.untie(share=True)
     network.requires_grad_(False)
     for path in targets:
-        module = projections(network)[path]
-        module.attach_lora(
-            config.rank_of(path), config.scale_of(path), config.dropout, _device_of(module)
-        )
+        module: Any = network.get_submodule(path)
+        rank, scale = config.rank_of(path), config.scale_of(path)
+        if isinstance(module, Embedding):
+            module.attach_lora(rank, scale)
+        else:
+            device = _device_of(module)
+            module.attach_lora(rank, scale, config.dropout, device, config.use_dora)
     for path in saved_module_paths(config):
         network.get_submodule(path).requires_grad_(True)
+    for name, ids in config.token_rows.items():
+        module = network.get_submodule(_vocabulary_path(name))
+        module.token_adapter = TokenRows(module.weight, ids)
     return targets
+
+
+def _refuse_conflicts(network: Decoder, config: LoraConfig, targets: list[str]) -> None:
+    """Raise AdapterMismatch for what cannot work, saying what would."""
+    if config.use_dora and EMBEDDING in targets:
+        raise AdapterMismatch(
+            "use_dora scales the rows of linear projections, and embed_tokens is a table of rows "
+            "by token; leave embed_tokens out of targets, or train it through modules_to_save or "
+            "trainable_token_indices"
+        )
+    num_rows = len(network.model.embed_tokens.weight)
+    for name, ids in config.token_rows.items():
+        if _vocabulary_path(name) in targets:
+            raise AdapterMismatch(
+                f"{name} is in targets and in trainable_token_indices, which new tokens join by "
+                f"themselves; a row has one adapter. Leave {name} out of targets, or train it in "
+                "full through modules_to_save"
+            )
+        if max(ids) >= num_rows:
+            raise AdapterMismatch(
+                f"trainable_token_indices asks for row {max(ids)} of {name}, the model has "
+                f"{num_rows}; model.add_tokens adds rows"
+            )
+    rows = config.token_rows
+    split = bool(config.modules_to_save) or EMBEDDING in targets or HEAD in targets
+    if network.tied and ("lm_head" in rows or (rows and split)):
+        alone = "lm_head" not in rows
+        raise AdapterMismatch(
+            "the head is tied to embed_tokens, so their trained rows are the same ones: "
+            + (
+                "leave modules_to_save, and embed_tokens and lm_head as targets, out"
+                if alone
+                else "name embed_tokens alone in trainable_token_indices"
+            )
+        )
 
 
 def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> list[str]:
     """Paths of the projections that get LoRA. Raises NoTargets, listing what exists."""
-    every = list(projections(network))
+    every = [EMBEDDING, *projections(network)]
+    if network.tied:
+        every.append(HEAD)
     saved = set(saved_module_paths(config))
     candidates = [
         path
@@ -78,22 +139,27 @@ def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> l
         names = sorted({path.rsplit(".", 1)[-1] for path in every})
         raise NoTargets(
             f"{what}{limits} match no projection. The model has {', '.join(names)}, in "
-            f"{network.config.num_hidden_layers} layers. (embed_tokens and lm_head can be trained "
-            "in full through modules_to_save.)"
+            f"{network.config.num_hidden_layers} layers. (embed_tokens and lm_head can also be "
+            "trained in full through modules_to_save.)"
         )
     return found
 
 
 def saved_module_paths(config: LoraConfig) -> list[str]:
     """Paths of the modules that are trained in full."""
-    return [HEAD if name == HEAD else EMBEDDING for name in config.modules_to_save]
+    return [_vocabulary_path(name) for name in config.modules_to_save]
+
+
+def _vocabulary_path(name: str) -> str:
+    """Path of `embed_tokens` or `lm_head`."""
+    return HEAD if name == HEAD else EMBEDDING
 
 
 def _matches(path: str, rule: str | list[str]) -> bool:
     if isinstance(rule, list):
         return any(path == name or path.endswith("." + name) for name in rule)
     if rule == ALL_LINEAR:
-        return path != HEAD
+        return path not in (HEAD, EMBEDDING)
     try:
         pattern = re.compile(rule)
     except re.error as error:
@@ -112,8 +178,8 @@ def _device_of(module: Projection) -> torch.device:
 
 
 def peft_targets(network: Decoder) -> list[str]:
-    """The shortest `target_modules` list that names exactly the adapted projections in PEFT."""
-    every = projections(network)
+    """The shortest `target_modules` list that names exactly the adapted modules in PEFT."""
+    every: dict[str, Any] = {EMBEDDING: network.model.embed_tokens, **projections(network)}
     adapted = [path for path, module in every.items() if module.has_lora]
     suffixes = sorted({path.rsplit(".", 1)[-1] for path in adapted})
     exact = [path for path in every if _matches(path, suffixes)] == adapted
@@ -121,13 +187,13 @@ def peft_targets(network: Decoder) -> list[str]:
 
 
 def has_adapter(network: nn.Module) -> bool:
-    """Whether any projection carries LoRA."""
-    return any(module.has_lora for module in projections(network).values())
+    """Whether any module carries an adapter."""
+    return any(is_lora_name(name) for name, _ in network.named_parameters())
 
 
 def is_lora_name(name: str) -> bool:
-    """Whether a parameter name belongs to a LoRA matrix."""
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+    """Whether a parameter is an adapter's own: a LoRA matrix, DoRA's magnitudes, trained rows."""
+    return name.endswith(ADAPTER_SUFFIXES)
 
 
 def adapter_tensors(network: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
@@ -143,8 +209,15 @@ def adapter_tensors(network: nn.Module, config: LoraConfig) -> dict[str, Tensor]
 def load_adapter_tensors(
     network: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
 ) -> None:
-    """Copy adapter tensors into an attached network. Raises AdapterMismatch, naming misfits."""
+    """Copy adapter tensors into an attached network. Raises AdapterMismatch, naming misfits.
+
+    PEFT writes the frozen matrix of an adapted embedding or head along, as
+    `<module>.base_layer.weight`; it takes the place of the network's, as it does there.
+    """
     own = adapter_tensors(network, config)
+    for path in (EMBEDDING, HEAD):
+        if f"{path}{BASE_LAYER}" in tensors:
+            own[f"{path}{BASE_LAYER}"] = network.get_parameter(f"{path}.weight").detach()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, the model takes {list(own[name].shape)}"
@@ -166,22 +239,29 @@ def load_adapter_tensors(
 
 
 def merged_weight(module: Projection) -> Tensor:
-    """W + s B A [out, in] in fp32 (fp64 for an fp64 base), dequantised first if need be."""
+    """W + s B A [out, in] in fp32 (fp64 for an fp64 base), dequantised first if need be; with
+    DoRA its rows scaled to their magnitudes."""
     base = module.base
     dtype = (
         torch.float64 if isinstance(base, Tensor) and base.dtype == torch.float64 else torch.float32
     )
     weight = dense_weight(base, dtype).detach()
+    if module.token_adapter is not None and module.lora_enabled:
+        weight = module.token_adapter.merged(weight).detach()
     lora = module.lora
     if lora is None:
         return weight
-    return weight + lora.scale * (lora.B.detach().to(dtype) @ lora.A.detach().to(dtype))
+    weight = weight + lora.scale * (lora.B.detach().to(dtype) @ lora.A.detach().to(dtype))
+    if lora.magnitude is not None:
+        weight *= gains_of(lora.magnitude.m.detach().to(dtype), weight.norm(dim=1))[:, None]
+    return weight
 
 
 @contextmanager
 def adapter_disabled(network: nn.Module) -> Iterator[None]:
     """Inside, the network computes as its base alone."""
-    modules = [module for module in projections(network).values() if module.lora_enabled]
+    every = [m for m in network.modules() if isinstance(m, Projection | Embedding)]
+    modules = [module for module in every if module.lora_enabled]
     for module in modules:
         module.lora_enabled = False
     try:
@@ -189,6 +269,22 @@ def adapter_disabled(network: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.lora_enabled = True
+
+
+@contextmanager
+def norms_held(network: nn.Module) -> Iterator[None]:
+    """Inside, DoRA's norms are those at the start: for factors that do not move meanwhile.
+
+    Taking them reads every adapted matrix, which one token at a time would pay again and again.
+    """
+    modules = list(projections(network).values())
+    for module in modules:
+        module.hold_norms()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.release_norms()
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 y = W x + s B A dropout(x), with s = alpha / r, or alpha / sqrt(r) with `use_rslora` (Hu et al.
 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+With `use_dora` the rows of W + s B A are scaled to trained lengths as well (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353).
 The matching rules are those of PEFT, so that a written adapter means the same there.
 """
 
@@ -10,7 +12,9 @@ from __future__ import annotations
 import math
 import re
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 
 
 class LoraConfig(BaseModel):
@@ -21,7 +25,11 @@ class LoraConfig(BaseModel):
     suffixes, or one regular expression that must match a whole module path.
     exclude: names or a regular expression to leave out. layers: layer indices that get the adapter.
     rank_pattern, alpha_pattern: {module suffix or regular expression: value}; the first match wins.
+    use_dora: DoRA on every adapted projection.
     modules_to_save: modules trained in full and stored whole, of `embed_tokens` and `lm_head`.
+    trainable_token_indices: ids of tokens whose rows are trained whole, the others being frozen: a
+    list, for embed_tokens (and a head tied to it), or {"embed_tokens": ids, "lm_head": ids}.
+    `embed_tokens` and `lm_head` may be targets as well, by name: low-rank, as PEFT does it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +43,9 @@ class LoraConfig(BaseModel):
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     modules_to_save: list[str] = Field(default_factory=list)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     @field_validator("r", "alpha", "dropout", mode="before")
     @classmethod
@@ -56,9 +66,36 @@ class LoraConfig(BaseModel):
     @classmethod
     def _known_modules(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in ("embed_tokens", "lm_head"):
+            if name not in _VOCABULARY_MODULES:
                 raise ValueError(f"modules_to_save knows embed_tokens and lm_head, got {name!r}")
         return value
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> LoraConfig:
+        for name, ids in self.token_rows.items():
+            if name not in _VOCABULARY_MODULES:
+                raise ValueError(
+                    f"trainable_token_indices knows embed_tokens and lm_head, got {name!r}"
+                )
+            if not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+                raise ValueError(
+                    f"trainable_token_indices of {name} must be token ids from 0 on, each once, "
+                    f"got {ids}"
+                )
+            if name in self.modules_to_save:
+                raise ValueError(
+                    f"{name} is in modules_to_save, which trains all of its rows; leave it out of "
+                    "trainable_token_indices, or of modules_to_save"
+                )
+        return self
+
+    @property
+    def token_rows(self) -> dict[str, list[int]]:
+        """Module -> ids of its trained rows."""
+        given = self.trainable_token_indices
+        if isinstance(given, list):
+            return {"embed_tokens": given}
+        return given or {}
 
     def rank_of(self, path: str) -> int:
         """Rank of the module at `path` (e.g. model.layers.0.self_attn.q_proj)."""

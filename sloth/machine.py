@@ -1,9 +1,12 @@
-"""What `sloth doctor` finds on this machine: GPU, driver, torch, triton."""
+"""What `sloth doctor` finds on this machine: GPU, driver, torch, triton; and where sloth may keep
+files.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -48,6 +51,15 @@ def _driver() -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi does not answer: {error}"
     return " ".join(sorted(set(done.stdout.split()))) or f"nvidia-smi fails: {done.stderr.strip()}"
+
+
+def cache_root() -> Path | None:
+    """SLOTH_CACHE, or ~/.cache/sloth; None where the user turned it off (SLOTH_CACHE=)."""
+    named = os.environ.get("SLOTH_CACHE")
+    if named == "":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(named) if named else Path(home) / "sloth"
 
 
 def free_host_gib() -> float | None:

@@ -8,17 +8,18 @@ ordinary autograd, so any loop and any torch optimizer work on it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sloth import exporting, exporting_gguf
-from sloth.errors import KernelUnavailable, TokenizerMissing
+from sloth import exporting, exporting_gguf, new_tokens
+from sloth.errors import AdapterMismatch, KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
-from sloth.lora import attach_lora, has_adapter, is_lora_name
+from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
 from sloth.planning import Planner
@@ -27,6 +28,8 @@ from sloth.train.config import TrainConfig
 from sloth.train.memory import Plan
 
 if TYPE_CHECKING:
+    from sloth.pushing import Pushed
+    from sloth.train.facts import Training
     from sloth.train.trainer import TrainReport
 
 
@@ -37,6 +40,9 @@ class Model:
     the adapter's base. revision: commit hash on the hub, None for local files. level, level_reason:
     kernel level in use and why. originals: CPU copies of the matrices that an adapter trains in
     full. base_is_tied: whether the base, before any adapter, shares its embedding with the head.
+    wrapper: model_type of the multimodal model whose text tower this is, None for a text model.
+    license: the base's, where its card says one. training: the last run on this model, for the card
+    that `save_adapter`, `save_merged` and `push` write.
     """
 
     def __init__(
@@ -47,18 +53,23 @@ class Model:
         *,
         name: str,
         revision: str | None = None,
+        wrapper: str | None = None,
+        license: str | None = None,
         requested_level: str = "auto",
         is_quantized: bool = False,
         frozen_base: bool = False,
     ) -> None:
         self.network = network
         self.hf_config = hf_config
-        self.name, self.revision = name, revision
+        self.name, self.revision, self.wrapper = name, revision, wrapper
+        self.license = license
+        self.training: Training | None = None
         self.is_quantized = is_quantized
         self.base_is_tied = network.tied
         self.lora_config: LoraConfig | None = None
         self.originals: dict[str, Tensor] = {}
         self._tokenizer = tokenizer
+        self._new_ids: list[int] = []
         self._requested_level = requested_level
         self._planner = Planner(network)
         if not frozen_base:  # with an adapter on its way the base is about to be frozen
@@ -129,11 +140,49 @@ class Model:
         in place of this batch's count, for steps of several micro-batches.
         """
         tokens = self._checked(tokens)
-        if labels.shape != tokens.shape:
-            raise ValueError(
-                f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
-            )
+        _require_same_shape(labels, tokens)
         return self.network.loss(tokens, labels, positions, num_trained)
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Token ids [B, T] -> hidden states [B, T, D] after the final norm, in the compute dtype.
+
+        What the output head multiplies; differentiable. positions: as for `logits`.
+        """
+        return self.network.hidden_states(self._checked(tokens), positions)
+
+    def logprobs(
+        self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """log p(token t + 1 | tokens up to t): token ids [B, T] -> fp32 [B, T - 1].
+
+        For losses of one's own: differentiable, and computed in chunks, so that no tensor of B T
+        times the vocabulary is kept, forward or backward. labels: [B, T], other tokens to ask about
+        than those that follow; -100 where none is wanted, as after the end of a padded row, which
+        gives 0 and costs nothing. positions: as for `logits`; the first token of each document
+        gives 0.
+        """
+        tokens = self._checked(tokens)
+        if labels is not None:
+            _require_same_shape(labels, tokens)
+        return self.network.logprobs(tokens, labels, positions)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the model computes as its base: without LoRA, and with the matrices that the
+        adapter trains in full as they were. Raises AdapterMismatch without an adapter.
+        """
+        if not self.has_adapter:
+            raise AdapterMismatch("adapter_off: the model has no adapter; add_lora attaches one")
+        parameters = dict(self.network.named_parameters()) if self.originals else {}
+        trained = {name: parameters[name].data for name in self.originals}
+        with adapter_disabled(self.network):
+            try:
+                for name, original in self.originals.items():
+                    parameters[name].data = original.to(trained[name])
+                yield
+            finally:
+                for name, value in trained.items():
+                    parameters[name].data = value
 
     def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.is_floating_point():
@@ -151,7 +200,30 @@ class Model:
         self._attach(config, strict=True)
         return self
 
+    def add_tokens(
+        self, tokens: Sequence[str], init: str = "mean", special: bool = False
+    ) -> list[int]:
+        """Teach the tokenizer new tokens and give them rows in embedding and head; their ids.
+
+        init: "mean" of all known rows, which any position can begin with; "normal", drawn with
+        their mean and deviation; or "zeros". special: left out when text is decoded for show. An
+        adapter attached afterwards trains the new rows and carries them
+        (`trainable_token_indices`), unless `modules_to_save` trains all. Raises ValueError for
+        tokens that are there already, AdapterMismatch once an adapter is attached,
+        TokenizerMissing.
+        """
+        ids = new_tokens.add_tokens(self, tokens, init, special)
+        self._new_ids += ids
+        self.hf_config["vocab_size"] = self.config.vocab_size
+        self._planner.forget()
+        return ids
+
+    def take_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Use this tokenizer from now on: the model's own with tokens added."""
+        self._tokenizer = tokenizer
+
     def _attach(self, config: LoraConfig, strict: bool) -> None:
+        config = new_tokens.carrying(config, self.network, self._new_ids)
         attach_lora(self.network, config, strict)
         self.lora_config = config
         self.originals = {
@@ -241,6 +313,8 @@ class Model:
     def save_adapter(self, folder: str | Path, format: str = "peft") -> Path:
         """Write the adapter as PEFT files, or with format="gguf" as adapter.gguf.
 
+        PEFT's names are those of the model that was loaded: of the whole multimodal model where
+        this is its text tower.
         Raises AdapterMismatch without one, OutputExists.
         """
         if format not in ("peft", "gguf"):
@@ -250,7 +324,10 @@ class Model:
         return exporting.save_adapter(self, Path(folder))
 
     def save_merged(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> Path:
-        """Write a Hugging Face folder with the adapter merged, in `dtype` (default: compute)."""
+        """Write a Hugging Face folder with the adapter merged, in `dtype` (default: compute).
+
+        A multimodal model's text tower is written as the text model it is.
+        """
         return exporting.save_merged(self, Path(folder), dtype)
 
     def save_base(self, folder: str | Path, quant: str | None = None) -> Path:
@@ -265,3 +342,27 @@ class Model:
         OutputExists.
         """
         return exporting_gguf.save_gguf(self, Path(path), quant)
+
+    def push(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        merged: bool = False,
+        message: str | None = None,
+    ) -> Pushed:
+        """Upload the adapter, or with merged=True the whole model, and its card to the hub.
+
+        repo_id: owner/name, made where there is none. The token is the one of `hf auth login` or
+        HF_TOKEN. Gives the page's url and the commit. Raises UploadFailed, saying what to do.
+        """
+        from sloth.pushing import push
+
+        return push(self, repo_id, private=private, merged=merged, message=message)
+
+
+def _require_same_shape(labels: Tensor, tokens: Tensor) -> None:
+    if labels.shape != tokens.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
+        )

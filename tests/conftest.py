@@ -11,7 +11,8 @@ MAX_THREADS = 2
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(min(MAX_THREADS, os.cpu_count() or 1))
+    wanted = int(os.environ.get("OMP_NUM_THREADS", MAX_THREADS))  # a busy machine asks for fewer
+    torch.set_num_threads(min(wanted, MAX_THREADS, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,8 +1,9 @@
-"""The only file that imports transformers, peft and bitsandbytes: sloth's judges."""
+"""The only file that imports transformers, peft, bitsandbytes and trl: sloth's judges."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-# Every size differs from its neighbours so that a swapped dimension cannot pass: head_dim is not
-# hidden / heads, two query heads share one kv head.
-TINY_LLAMA: dict[str, Any] = dict(
-    vocab_size=160,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-
-# name -> settings beside TINY_LLAMA; original lengths are short so that every scaling is active.
-LLAMA_VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "tied_biased": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "no_gqa": dict(num_key_value_heads=4, head_dim=16),
-    "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0)),
-    "dynamic": dict(
-        max_position_embeddings=32,
-        rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
-    ),
-    "llama3": dict(
-        rope_parameters=dict(
-            rope_type="llama3",
-            rope_theta=5e5,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=64,
-        )
-    ),
-    "yarn": dict(
-        rope_parameters=dict(
-            rope_type="yarn",
-            rope_theta=1e4,
-            factor=4.0,
-            original_max_position_embeddings=32,
-        )
-    ),
-    "yarn_mscale": dict(
-        rope_parameters=dict(
-            rope_type="yarn",
-            rope_theta=1e4,
-            factor=8.0,
-            original_max_position_embeddings=64,
-            mscale=0.7,
-            mscale_all_dim=1.2,
-            beta_fast=16.0,
-            beta_slow=2.0,
-            truncate=False,
-        )
-    ),
-}
-
+from tests.tiny_configs import GGUF_TYPES, TINY_LLAMA
 
 # bitsandbytes' CPU kernel unpacks row by row and is wrong where a row is no multiple of the block
 # of 64 (its CUDA kernel and its quantizer go over the flat matrix), so what it judges has such
@@ -97,23 +38,6 @@ def save_tiny_llama(folder: Path, seed: int = 0, **settings: Any) -> Path:
     _randomise(model)
     model.save_pretrained(folder)
     return folder
-
-
-# model_type -> settings beside TINY_LLAMA; sizes as Hugging Face's GGUF loader needs them, which
-# takes head sizes and query scales of some types from its own defaults.
-_GEMMA: dict[str, Any] = dict(head_dim=256, tie_word_embeddings=True)
-GGUF_TYPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": dict(sliding_window=None),
-    "qwen2": dict(head_dim=16),
-    "qwen3": dict(head_dim=128, tie_word_embeddings=True),
-    "gemma": _GEMMA,
-    "gemma2": dict(**_GEMMA, sliding_window=16, query_pre_attn_scalar=256),
-    "gemma3_text": dict(
-        **_GEMMA, sliding_window=16, query_pre_attn_scalar=256, num_hidden_layers=7
-    ),
-    "smollm3": dict(head_dim=16, num_hidden_layers=5),
-}
 
 
 def save_tiny(model_type: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
@@ -153,10 +77,7 @@ def save_tiny_wrapper(model_type: str, folder: Path, text: dict[str, Any]) -> Pa
 @torch.no_grad()
 def hf_wrapper_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [B, T, V] of a multimodal model that is shown text alone, in eager mode."""
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
-    )
-    return model.eval()(tokens).logits
+    return hf_model(folder, dtype)(tokens).logits
 
 
 @torch.no_grad()
@@ -170,13 +91,32 @@ def _randomise(model: Any) -> None:
             parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
 
 
-@torch.no_grad()
-def hf_gguf_logits(path: Path, tokens: Tensor) -> Tensor:
-    """Logits [B, T, V] of a GGUF file as Hugging Face's own loader reads it, in fp32."""
+def hf_gguf_model(path: Path) -> Any:
+    """A GGUF file as Hugging Face's own loader reads it: an eager model in fp32."""
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     )
-    return model.eval()(tokens).logits
+    return model.eval()
+
+
+@torch.no_grad()
+def hf_gguf_logits(path: Path, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of a GGUF file as Hugging Face's own loader reads it, in fp32."""
+    return hf_gguf_model(path)(tokens).logits
+
+
+@torch.no_grad()
+def hf_greedy(model: Any, tokens: list[int], num_new: int, stop_ids: Sequence[int]) -> list[int]:
+    """The likeliest continuation, up to and without a stop id, by Hugging Face's `generate`."""
+    found = model.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=num_new,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+    )[0, len(tokens) :].tolist()
+    return found[:-1] if found and found[-1] in stop_ids else found
 
 
 def llama_cpp(path: Path, tokens: list[int], texts: list[str], adapter: Path | None = None) -> Any:
@@ -203,8 +143,9 @@ def llama_cpp(path: Path, tokens: list[int], texts: list[str], adapter: Path | N
 
 def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Hugging Face's model in eager mode. Loaded in `dtype`, so that inv_freq stays fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    return model.eval()
+    reads_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    kind = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -233,8 +174,19 @@ def save_peft_adapter(base_folder: Path, folder: Path, seed: int = 1, **settings
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
     model = get_peft_model(hf_model(base_folder), config).eval()
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name or "tokens_delta" in name:  # which start as the base has them
+            parameter.data *= 1 + 0.2 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return model
+
+
+def resized_hf_folder(base_folder: Path, folder: Path, num_rows: int) -> Path:
+    """A model whose vocabulary Hugging Face has resized."""
+    model = hf_model(base_folder)
+    model.resize_token_embeddings(num_rows)
+    model.save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()
@@ -326,3 +278,69 @@ def hf_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def trl_preference(
+    objective: str, base_folder: Path, adapter_folder: Path, batch: Any, beta: float
+) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    """(loss, gradients of the adapter by sloth's names, rewards) of TRL's own trainer.
+
+    batch: tokens and labels [2 pairs, T], chosen ones first, with their lengths. Skips the test
+    without TRL. Its head is a Triton kernel for GPUs alone, so PyTorch's log-softmax stands in.
+    """
+    pytest.importorskip("trl", reason="needs trl")
+    from datasets import Dataset
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from trl.trainer import utils
+
+    class EagerHead:
+        @staticmethod
+        def apply(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *rest: Any) -> Any:
+            found = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+            return found, *[torch.zeros_like(found)] * 3, torch.zeros_like(labels, dtype=torch.bool)
+
+    kind, config = {"dpo": (DPOTrainer, DPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}[objective]
+    adapter = LoraConfig.from_pretrained(str(adapter_folder))
+    adapter.inference_mode = False
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(160)}, unk_token="t3"))
+    settings = dict(bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", EagerHead)
+        trainer = kind(
+            model=hf_model(base_folder),
+            args=config(output_dir=str(adapter_folder / "trl"), beta=beta, **settings),
+            train_dataset=Dataset.from_list([{"prompt": "t5", "chosen": "t6", "rejected": "t7"}]),
+            processing_class=PreTrainedTokenizerFast(
+                tokenizer_object=words, eos_token="t2", pad_token="t0"
+            ),
+            peft_config=adapter,
+        )
+        model = trainer.model.eval()
+        set_peft_model_state_dict(model, load_peft_weights(str(adapter_folder)))
+        places = torch.arange(batch.tokens.shape[1])
+        attended = (places < torch.tensor(batch.lengths)[:, None]).long()
+        if objective == "dpo":
+            answers = (batch.labels != -100).long()
+            inputs = dict(input_ids=batch.tokens, attention_mask=attended, completion_mask=answers)
+            loss = trainer.compute_loss(model, inputs)
+            told = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+        else:
+            halves = zip(*(x.chunk(2) for x in (batch.tokens, attended, batch.labels)), strict=True)
+            names = ("input_ids", "attention_mask", "labels")
+            inputs = {
+                f"{side}_{name}": part
+                for side, parts in zip(("chosen", "rejected"), halves, strict=True)
+                for name, part in zip(names, parts, strict=True)
+            }
+            loss, told = trainer.get_batch_loss_metrics(model, inputs)
+        loss.backward()
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return loss.item(), gradients, {name.removeprefix("eval_"): v for name, v in told.items()}

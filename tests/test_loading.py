@@ -269,3 +269,24 @@ def test_peak_memory_of_a_load_is_the_model_plus_one_tensor(folder, tmp_path, dt
     # Thread stacks and Python objects; for NF4 also the temporaries of one slice of 2^20 weights.
     slack_bytes = (24 if quant else 4) * 2**20
     assert model_bytes * 0.9 < int(run.stdout) < model_bytes + largest_bytes + slack_bytes
+
+
+def test_row_24_nothing_that_a_folder_brings_along_is_run(tmp_path):
+    """Code, pickles, and config keys that name code: the model loads, or says why not."""
+    folder, canary = save_tiny_llama(tmp_path / "model"), tmp_path / "canary"
+    touch = f"import pathlib; pathlib.Path({str(canary)!r}).touch()"
+    for name in ("modeling_evil.py", "__init__.py", "sitecustomize.py", "sloth.py"):
+        (folder / name).write_text(touch)
+    pickle = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    for name in ("pytorch_model.bin", "evil.pt", "training_args.bin", "rng_state.pth"):
+        (folder / name).write_bytes(pickle)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "modeling_evil.Evil"}, "model_file": "modeling_evil.py"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="auto_map|model_file"):
+        assert sloth.load(folder, device="cpu").level == "ops"
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(errors.CheckpointMismatch, match="pickle"):
+        sloth.load(folder, device="cpu")
+    assert not canary.exists()

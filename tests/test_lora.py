@@ -16,6 +16,7 @@ from tests.oracles import hf_logits, peft_model, save_peft_adapter, save_tiny_ll
 from tests.tolerance import FP32_ADAPTER, FP32_CHAIN, FP32_MERGE
 
 TOKENS = torch.randint(3, 160, (2, 24), generator=torch.Generator().manual_seed(5))
+TOKENS[0, :6] = torch.tensor([7, 3, 150, 9, 4, 5])  # whose rows are trained below
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,16 @@ CONFIGS = {
     "head": dict(targets=["q_proj", "lm_head"]),
     "saved_modules": dict(targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
     "saved_head": dict(modules_to_save=["lm_head"]),
+    "embedding": dict(targets=["q_proj", "embed_tokens"], r=4),
+    "embedding_and_head": dict(targets=["q_proj", "embed_tokens", "lm_head"], r=4),
+    "token_rows": dict(targets=["q_proj"], trainable_token_indices=[7, 3, 150]),
+    "token_rows_of_both": dict(
+        trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [9, 2, 17]}
+    ),
+    "dora_token_rows": dict(use_dora=True, r=4, trainable_token_indices=[7, 3]),
+    "dora": dict(r=4, use_dora=True),
+    "dora_some": dict(targets=["k_proj", "down_proj"], r=4, use_dora=True, use_rslora=True),
+    "dora_head": dict(targets=["q_proj", "lm_head"], r=4, use_dora=True),
 }
 
 
@@ -101,6 +112,16 @@ PEFT_SETTINGS = {
     "rslora": dict(target_modules=["o_proj"], r=4, lora_alpha=8, use_rslora=True),
     "head_saved": dict(target_modules=["o_proj"], r=4, modules_to_save=["lm_head"]),
     "excluded": dict(target_modules="all-linear", exclude_modules=["up_proj"], r=2),
+    "embedding": dict(target_modules=["o_proj", "embed_tokens"], r=4),
+    "embedding_and_head": dict(target_modules=["embed_tokens", "lm_head"], r=4),
+    "token_rows": dict(target_modules=["o_proj"], r=4, trainable_token_indices=[9, 4, 150]),
+    "token_rows_of_both": dict(
+        target_modules=["o_proj"],
+        r=4,
+        trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [9, 2, 17]},
+    ),
+    "dora": dict(target_modules="all-linear", r=4, lora_alpha=8, use_dora=True),
+    "dora_head": dict(target_modules=["o_proj", "lm_head"], r=4, use_dora=True),
 }
 
 
@@ -113,12 +134,35 @@ def test_adapter_written_by_peft_gives_the_same_logits_here(folder, tmp_path, na
     assert any(p.requires_grad for p in model.network.parameters())
 
 
-def test_merge_equals_peft_merge_and_unload(folder, tmp_path):
-    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS["all_linear"])
+@pytest.mark.parametrize("name", ["all_linear", "dora", "dora_head", "rslora", "patterns"])
+def test_merge_equals_peft_merge_and_unload(folder, tmp_path, name):
+    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS[name])
     model = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
     merged = dict(theirs.merge_and_unload().named_parameters())
     for path, module in projections(model.network).items():
         assert_close(merged_weight(module), merged[f"{path}.weight"].data, **FP32_MERGE)
+
+
+def test_dora_on_nf4_is_peft_on_the_unpacked_base_merged_too(folder, tmp_path):
+    model = sloth.load(folder, device="cpu", quant="nf4")
+    randomised(model.add_lora(r=4, use_dora=True))
+    model.save_base(tmp_path / "unpacked")
+    model.save_adapter(tmp_path / "adapter")
+    theirs = peft_model(tmp_path / "unpacked", tmp_path / "adapter")
+    with torch.no_grad():
+        assert_close(logits(model), theirs(TOKENS).logits, **FP32_ADAPTER)
+    model.save_merged(tmp_path / "merged")
+    assert_close(hf_logits(tmp_path / "merged", TOKENS), logits(model), **FP32_CHAIN)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_fresh_dora_changes_no_bit(folder, quant):
+    model = sloth.load(folder, device="cpu", quant=quant, level="ops")
+    before = logits(model)
+    model.add_lora(r=4, use_dora=True)
+    assert torch.equal(logits(model), before)
+    lengths = model.network.model.layers[0].self_attn.q_proj.lora_magnitude_vector
+    assert lengths.requires_grad and lengths.dtype == torch.float32
 
 
 def test_attaching_freezes_the_base_and_starts_at_zero_change(folder):
@@ -149,7 +193,6 @@ def test_switched_off_adapter_leaves_the_base(folder):
         dict(targets=["nothing"]),
         dict(targets=["q_proj", "typo_proj"]),
         dict(targets="("),
-        dict(targets=["embed_tokens"]),
         dict(layers=[99]),
         dict(exclude=r".*"),
     ],
@@ -193,9 +236,10 @@ def test_lora_config_refuses_nonsense(bad):
         sloth.LoraConfig(**bad)
 
 
+@pytest.mark.parametrize("name", ["all_linear", "dora", "dora_head"])
 @pytest.mark.parametrize("level", ["reference", "ops", "auto"])
-def test_adapter_gradients_match_peft(folder, tmp_path, level):
-    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS["all_linear"])
+def test_adapter_gradients_match_peft(folder, tmp_path, level, name):
+    theirs = save_peft_adapter(folder, tmp_path / "adapter", **PEFT_SETTINGS[name])
     model = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu", level=level)
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -205,7 +249,7 @@ def test_adapter_gradients_match_peft(folder, tmp_path, level):
     loss.backward()
     assert_close(loss, expected, **FP32_CHAIN)
     gradients = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        _our_name(name): parameter.grad
         for name, parameter in theirs.named_parameters()
         if "lora_" in name
     }
@@ -213,3 +257,9 @@ def test_adapter_gradients_match_peft(folder, tmp_path, level):
     assert trainable.keys() == gradients.keys()
     for name, parameter in trainable.items():
         assert_close(parameter.grad, gradients[name], **FP32_CHAIN)
+
+
+def _our_name(name: str) -> str:
+    """Of a parameter of a PEFT model, whose adapter is called default."""
+    name = name.removeprefix("base_model.model.").replace(".default", "")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

@@ -139,3 +139,18 @@ BF16_WEIGHTS_LOGITS = 0.03
 # RMS of a tiny model's logits' error over their own between llama.cpp and sloth on one f16 file:
 # llama.cpp rounds activations and its cache to fp16, 2^-11; 0.0007 to 0.0023 seen over all types.
 LLAMA_CPP_LOGITS = 0.01
+
+# Sums of eight products of fp16 numbers against the same in fp32: both factors and the logits they
+# come from are rounded to 2^-11 of their size.
+FP16_PRODUCT = {"rtol": 2e-2, "atol": 2e-5}
+
+# Preference losses against TRL's and against the papers' formulas in Python floats, all in fp32:
+# the promise, for pytest.approx.
+TRL_LOSS = {"rel": 1e-5, "abs": 1e-5}
+
+# Sums of a few fp32 numbers of size 1 in another order.
+FLOAT32_ROUNDING = 1e-6
+
+# fp32 sums of 300 products of size 1 (so of size 17, or near 0 after a cancellation) in two orders:
+# 3e-6 seen, sqrt(300) * 17 * 2^-24 = 2e-5 expected at most.
+FP32_COLUMN_SUMS = {"rtol": 1e-5, "atol": 2e-5}

@@ -6,6 +6,7 @@ shuffle of its own: a pure function of seed and epoch, so the step number alone 
     padded         [B, T] of the longest row; padding comes after all real tokens, which are causal
     packed         several documents a row, positions from 0 in each; a little padding at the end
     padding-free   all documents in one row [1, T]; nothing is padding
+    pairs          padded or padding-free: the chosen examples, then the rejected ones
 
 Shapes: B rows, T tokens.
 """
@@ -38,6 +39,45 @@ class Batch:
     positions: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """The chosen examples of some pairs, then the rejected ones in the same order: a row each, or
+    without padding all in one row. lengths: tokens of each example; answers: of those, how many the
+    loss sees.
+    """
+
+    lengths: tuple[int, ...] = ()
+    answers: tuple[int, ...] = ()
+
+    @property
+    def num_pairs(self) -> int:
+        """Half the examples."""
+        return len(self.lengths) // 2
+
+    @property
+    def num_chosen(self) -> int:
+        """Tokens of chosen examples that follow another one."""
+        return sum(self.lengths[: self.num_pairs]) - self.num_pairs
+
+    def chosen_labels(self) -> Tensor:
+        """The labels [B, T] with every token of the chosen examples, prompts included."""
+        places = torch.arange(self.tokens.shape[1])
+        if self.positions is not None:
+            is_chosen = (places < sum(self.lengths[: self.num_pairs]))[None]
+        else:
+            ends = torch.tensor(self.lengths)
+            ends[self.num_pairs :] = 0
+            is_chosen = places < ends[:, None]
+        return torch.where(is_chosen, self.tokens, self.labels)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """values [B, T - 1] of each token but a row's first -> their sum over each example."""
+        if self.positions is None:
+            return values.sum(1)
+        parts = torch.nn.functional.pad(values[0], (1, 0)).split(self.lengths)
+        return torch.stack([part.sum() for part in parts])
+
+
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """One example a row. Padding is seen by no real token (attention is causal) nor trained."""
     return _laid_out([[example] for example in examples], pad_id, None)
@@ -55,6 +95,19 @@ def collate_documents(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
             at += len(example.tokens)
             line[at:] = torch.arange(length - at)
     return _laid_out(rows, pad_id, positions)
+
+
+def collate_pairs(
+    pairs: Sequence[tuple[Example, Example]], pad_id: int, padding_free: bool
+) -> PairBatch:
+    """Chosen and rejected examples of some pairs, padded or as documents of one row."""
+    examples = [pair[side] for side in (0, 1) for pair in pairs]
+    batch = collate_documents([examples], pad_id) if padding_free else collate(examples, pad_id)
+    return PairBatch(
+        **vars(batch),
+        lengths=tuple(len(example.tokens) for example in examples),
+        answers=tuple(example.num_trained for example in examples),
+    )
 
 
 def _laid_out(rows: Sequence[Sequence[Example]], pad_id: int, positions: Tensor | None) -> Batch:

@@ -9,7 +9,8 @@ an entry whose files do not match their hashes is made again. Nothing but safete
 read.
 
 <cache> is what SLOTH_CACHE names, ~/.cache/sloth by default; SLOTH_CACHE= (empty) turns it off.
-Files under 1 MiB are not worth a copy and not kept.
+Files under 1 MiB are not worth a copy and not kept. Once entries take more than SLOTH_CACHE_GIB
+(20), those go that were read longest ago; one in use is locked (flock, shared) and stays.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import sentencepiece
 import tokenizers
@@ -31,6 +34,7 @@ import tokenizers
 from sloth import __version__
 from sloth.data.examples import Examples, map_shard
 from sloth.errors import CheckpointMismatch
+from sloth.machine import cache_root
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -38,7 +42,12 @@ if TYPE_CHECKING:
 MIN_CACHED_BYTES = 2**20
 ENCODING_VERSION = 1  # raise it when the same rows and settings come to other tokens or labels
 
+DEFAULT_GIB = 20.0
+GIB = 2**30
+
 _READ_BYTES = 1 << 20
+_INDEX = "index.json"
+_UNFINISHED_SECONDS = 24 * 3600  # no preparing takes that long: its process is dead
 
 
 @dataclass(frozen=True)
@@ -81,21 +90,21 @@ def cache_key(content: Content, tokenizer: Tokenizer, settings: dict[str, Any]) 
 
 def default_folder() -> Path | None:
     """Where entries go; None where the user turned that off."""
-    named = os.environ.get("SLOTH_CACHE")
-    if named == "":
-        return None
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return (Path(named) if named else Path(home) / "sloth") / "data"
+    root = cache_root()
+    return root / "data" if root else None
 
 
 def read_entry(folder: Path) -> tuple[Examples, dict[str, Any]] | None:
     """Examples and the rest of the index; None where there is no whole entry."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        in_use = hold(folder)
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         for file in index["files"]:
             _check(folder / file["name"], file)
         shards = [map_shard(folder / file["name"]) for file in index["files"]]
-        return Examples(shards), index
+        with suppress(OSError):  # of another user
+            os.utime(folder / _INDEX)
+        return Examples(shards, in_use), index
     except (OSError, ValueError, KeyError, TypeError, CheckpointMismatch):
         return None
 
@@ -128,8 +137,72 @@ class NewEntry:
     def publish(self, index: dict[str, Any]) -> None:
         """Write the index, and put the folder in place of what is there."""
         text = json.dumps(index, indent=1)
-        (self.partial / "index.json").write_text(text, encoding="utf-8")
+        (self.partial / _INDEX).write_text(text, encoding="utf-8")
         shutil.rmtree(self.folder, ignore_errors=True)
         # Another process may have published the same in between; its entry serves as well.
         with suppress(OSError):
             os.rename(self.partial, self.folder)
+
+
+# -- room ----------------------------------------------------------------------------------------
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """Mark an entry as in use, for as long as the returned file is open. Raises OSError."""
+    index = (folder / _INDEX).open("rb")
+    if sys.platform != "win32":  # there, an open file cannot be deleted anyway
+        import fcntl
+
+        with suppress(OSError):  # some network drives have no locks
+            fcntl.flock(index, fcntl.LOCK_SH)
+    return index
+
+
+def limit_bytes() -> int:
+    """How much entries may take. Raises ValueError for a SLOTH_CACHE_GIB that is no size."""
+    given = os.environ.get("SLOTH_CACHE_GIB", "")
+    try:
+        limit_gib = float(given or DEFAULT_GIB)
+    except ValueError:
+        limit_gib = -1.0
+    if not 0 <= limit_gib < float("inf"):
+        raise ValueError(f"SLOTH_CACHE_GIB={given!r}: expected a number of GiB, such as 20")
+    return int(limit_gib * GIB)
+
+
+def prune(cache: Path, most_bytes: int) -> tuple[int, int]:
+    """Delete entries read longest ago until the others fit, and leftovers of dead processes;
+    (entries deleted, their bytes). Entries in use count, and stay.
+    """
+    sizes = {}
+    for folder in cache.iterdir():
+        with suppress(OSError):  # another process may be pruning, too
+            if ".tmp-" not in folder.name:
+                used = (folder / _INDEX).stat().st_mtime
+                held_bytes = sum(file.stat().st_size for file in folder.iterdir())
+                sizes[folder] = (used, held_bytes)
+            elif time.time() - folder.stat().st_mtime > _UNFINISHED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+    total_bytes = sum(held_bytes for _, held_bytes in sizes.values())
+    gone, gone_bytes = 0, 0
+    for folder in sorted(sizes, key=lambda folder: sizes[folder]):
+        if total_bytes - gone_bytes <= most_bytes:
+            break
+        if _delete_unused(folder):
+            gone += 1
+            gone_bytes += sizes[folder][1]
+    return gone, gone_bytes
+
+
+def _delete_unused(folder: Path) -> bool:
+    """Whether the entry was free, and is gone."""
+    try:
+        with (folder / _INDEX).open("rb") as index:
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=sys.platform == "win32")
+    except OSError:  # in use, or not ours to delete
+        return False
+    return not folder.exists()

@@ -48,8 +48,8 @@ class RunSettings(DataSettings, Protocol):
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What was found. duplicates: examples equal to an earlier one; leaked: held-out examples that
-    are trained on as well; padding: share of a padded epoch's batches.
+    """What was found. duplicates: examples (or pairs) equal to an earlier one; leaked: held-out
+    ones that are trained on as well; padding: share of a padded epoch's batches.
     """
 
     data: Dataset
@@ -61,12 +61,14 @@ class DataCheck:
 
     def lines(self, max_length: int, seconds: float | None) -> dict[str, str]:
         """Names and findings, in the order to show them. seconds: of an epoch, if known."""
-        counts, total = self.data.counts, max(self.data.counts.examples, 1)
+        counts, unit = self.data.counts, "pairs" if self.data.pairs else "examples"
+        total = max(self.data.num_rows if self.data.pairs else counts.examples, 1)
         found = {
             "data": self.data.name,
             "format": ", ".join(f"{kind} ({count} rows)" for kind, count in counts.kinds.items()),
             "examples": f"{counts.examples}, longest {counts.longest} tokens",
             "too long": _too_long(self.data, max_length),
+            "malformed": f"{counts.malformed} rows skipped ({counts.malformed_share:.1%})",
             "not trained": f"{counts.dropped_by_mask} examples without a trained token, dropped",
             "tokens per epoch": f"{counts.tokens:,}, of which trained {counts.trained_tokens:,} "
             f"({counts.trained_tokens / max(counts.tokens, 1):.1%})",
@@ -74,13 +76,18 @@ class DataCheck:
             "end in a stop token",
             "double BOS": f"{counts.double_bos} rows",
             "blank answers": f"{counts.empty} rows",
-            "duplicates": f"{self.duplicates} examples ({self.duplicates / total:.1%})",
+            "duplicates": f"{self.duplicates} {unit} ({self.duplicates / total:.1%})",
             "masks": f"{counts.by_prefixes} rows needed more than one rendering",
             "steps per epoch": str(self.steps_per_epoch),
             "rows": self._rows(),
             "epoch takes": "unknown" if seconds is None else f"about {_duration(seconds)} here",
             "fingerprint": self.data.fingerprint[:16],
         }
+        if self.data.pairs:
+            found["pairs"] = (
+                f"{self.data.num_rows}; {counts.dropped_with_other} examples dropped with their "
+                f"other half; {counts.same_answers} pairs have the same answer twice"
+            )
         if not counts.turns:
             del found["end of turn"], found["masks"]
         if self.held_out is not None:
@@ -90,10 +97,8 @@ class DataCheck:
     def _rows(self) -> str:
         if self.data.packing is not None:
             return f"{self.data.num_rows} packed ones, {self.data.packing.fill:.1%} full"
-        return (
-            f"{self.data.num_rows}, one example each; {self.padding:.1%} of padded batches is "
-            "padding"
-        )
+        each = "a pair of examples" if self.data.pairs else "one example"
+        return f"{self.data.num_rows}, {each} each; {self.padding:.1%} of padded batches is padding"
 
 
 def check_data(
@@ -106,20 +111,22 @@ def check_data(
     plan = StepPlan.of(
         data.num_rows, settings.batch_size, settings.grad_accum, settings.seed, None, 1.0
     )
-    lengths, padded, real = data.row_lengths(), 0, 0
+    lengths, padded = data.row_lengths(), 0
     for step in range(plan.num_steps):
         for rows in plan.micro_batches(step):
             own = [lengths[row] for row in rows]
             padded += len(own) * max(own)
-            real += sum(own)
-    seen = set(_hashes(data.examples))
-    leaked = 0 if held_out is None else sum(one in seen for one in _hashes(held_out.examples))
-    duplicates = len(data.examples) - len(seen)
-    return DataCheck(data, held_out, duplicates, leaked, 1 - real / padded, plan.num_steps)
+    hashes = list(_hashes(data))
+    seen = set(hashes)
+    leaked = 0 if held_out is None else sum(one in seen for one in _hashes(held_out))
+    padding = 1 - data.counts.tokens / padded
+    return DataCheck(data, held_out, len(hashes) - len(seen), leaked, padding, plan.num_steps)
 
 
-def _hashes(examples: Examples) -> Iterator[int]:
-    return (hash(tuple(example.tokens)) for example in examples)
+def _hashes(data: Dataset) -> Iterator[int]:
+    """One number for each example, or pair of them."""
+    tokens = (tuple(example.tokens) for example in data.examples)
+    return map(hash, zip(tokens, tokens, strict=True) if data.pairs else tokens)
 
 
 def _too_long(data: Dataset, max_length: int) -> str:

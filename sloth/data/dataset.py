@@ -13,23 +13,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from sloth.data.batches import Batch, StepPlan, collate, collate_documents, order, padding_share
+from sloth.data.batches import (
+    Batch,
+    StepPlan,
+    collate,
+    collate_documents,
+    collate_pairs,
+    order,
+    padding_share,
+)
 from sloth.data.cache import (
+    GIB,
     MIN_CACHED_BYTES,
     NewEntry,
     cache_key,
     default_folder,
+    hold,
+    limit_bytes,
+    prune,
     read_content,
     read_entry,
 )
 from sloth.data.counts import DataCounts
-from sloth.data.encode import RowEncoder
-from sloth.data.examples import UNTRAINED, Example, Examples, ExamplesWriter
+from sloth.data.encode import Encoded, RowEncoder
+from sloth.data.examples import Example, Examples, ExamplesWriter
 from sloth.data.masks import MaskDisagreement
 from sloth.data.packing import Packing, pack
 from sloth.data.settings import ROW_FIELDS, DataSettings, OnLong, TrainOn
@@ -44,21 +54,18 @@ __all__ = ["Batch", "Dataset", "Source", "StepPlan", "collate", "load_data", "or
 
 Notice = Callable[[str], None]
 
-SHOWN_CHARACTERS = 1500
 PROGRESS_ROWS = 20_000
 # Padding-free rows leave the fastest attention kernel (it knows no documents), so a little padding
 # is the smaller loss.
 MAX_PADDING = 0.1
-
-_TRAINED_STYLE = "bold green"
-_CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Rows ready for batches. fingerprint: sha256 over the examples' tokens and labels, in order.
 
-    packing: which examples share a row; None for one a row.
+    packing: which examples share a row; None for one a row. pairs: examples 2 i and 2 i + 1 are the
+    chosen and the rejected one of row i.
     """
 
     name: str
@@ -66,15 +73,21 @@ class Dataset:
     counts: DataCounts
     fingerprint: str
     packing: Packing | None = None
+    pairs: bool = False
 
     @property
     def num_rows(self) -> int:
         """What a step counts in."""
+        if self.pairs:
+            return len(self.examples) // 2
         return len(self.packing.rows) if self.packing else len(self.examples)
 
     def row_lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Tokens of each row; of a pair, with the padding of its shorter half."""
         lengths: list[int] = self.examples.lengths.tolist()
+        if self.pairs:
+            halves = zip(lengths[::2], lengths[1::2], strict=True)
+            return [2 * max(chosen, rejected) for chosen, rejected in halves]
         if self.packing is None:
             return lengths
         return [sum(lengths[index] for index in row) for row in self.packing.rows]
@@ -90,6 +103,11 @@ class Dataset:
         """Some rows as tensors. padding_free: where much would be padding, as one row of
         documents instead; the loss is the same.
         """
+        if self.pairs:
+            pairs = [(self.examples[2 * row], self.examples[2 * row + 1]) for row in rows]
+            lengths = [len(example.tokens) for pair in pairs for example in pair]
+            is_free = padding_free and padding_share(lengths) > MAX_PADDING
+            return collate_pairs(pairs, pad_id, is_free)
         if self.packing is not None:
             packed = [self.packing.rows[row] for row in rows]
             documents = [[self.examples[index] for index in row] for row in packed]
@@ -111,12 +129,15 @@ def load_data(
     train_on: TrainOn = "assistant",
     columns: dict[str, str] | None = None,
     packing: bool = False,
+    skip_bad: bool = False,
+    pairs: bool = False,
     notice: Notice | None = None,
 ) -> Dataset:
     """Read, encode, mask and count every row of `source`; see sources.py for what that can be.
 
-    Raises DataError for malformed rows (place, field, expectation), for no rows, and for no
-    trained token.
+    pairs: rows are preference pairs, kept whole or not at all; they are neither split nor packed.
+    Raises DataError for a malformed row (place, field, expectation) unless skip_bad, which leaves
+    such rows out and counts them; for no rows, and for no trained token.
     """
     refuse_unknown(columns or (), ROW_FIELDS, "field in columns")
     rows = open_rows(source, name, split)
@@ -125,11 +146,13 @@ def load_data(
         "on_long": on_long,
         "train_on": train_on,
         "columns": columns,
+        "skip_bad": skip_bad,
+        "pairs": pairs,
     }
     maker = _Maker(rows, tokenizer, settings, notice or (lambda text: None))
     examples, counts, fingerprint = maker.cached_or_made()
     rows_of = pack(examples.lengths.tolist(), max_length) if packing else None
-    return Dataset(rows.name, examples, counts, fingerprint, rows_of)
+    return Dataset(rows.name, examples, counts, fingerprint, rows_of, pairs)
 
 
 def load_for(
@@ -150,6 +173,8 @@ def load_for(
         train_on=settings.train_on,
         columns=settings.columns,
         packing=settings.packing and split == "train",
+        skip_bad=settings.skip_bad,
+        pairs=settings.pairs,
         notice=notice,
     )
 
@@ -178,6 +203,7 @@ class _Maker:
         cache = default_folder()
         if cache is None or not self.rows.files or self.rows.num_bytes < MIN_CACHED_BYTES:
             return self._made(ExamplesWriter())
+        most_bytes = limit_bytes()
         content = read_content(self.rows.files)
         folder = cache / cache_key(content, self.tokenizer, self.settings)
         found = read_entry(folder)
@@ -193,10 +219,20 @@ class _Maker:
                 entry.publish(
                     {"counts": asdict(counts), "fingerprint": fingerprint, "files": files}
                 )
+            examples.in_use = hold(folder)
+            self._prune(cache, most_bytes)
         except OSError as error:  # no permission, no room left
             self.notice(f"WARNING: prepared data are not kept, {cache} cannot be used: {error}")
             return self._made(ExamplesWriter(), content.num_lines)
         return examples, counts, fingerprint
+
+    def _prune(self, cache: Path, most_bytes: int) -> None:
+        gone, gone_bytes = prune(cache, most_bytes)
+        if gone:
+            self.notice(
+                f"{gone} older prepared data sets ({gone_bytes / GIB:.2f} GiB) deleted from "
+                f"{cache}, which may take {most_bytes / GIB:g} GiB (SLOTH_CACHE_GIB)"
+            )
 
     def _made(self, writer: ExamplesWriter, num_lines: int = 0) -> tuple[Examples, DataCounts, str]:
         try:
@@ -212,21 +248,29 @@ class _Maker:
     def _written(
         self, writer: ExamplesWriter, num_lines: int, by_prefixes: bool
     ) -> tuple[Examples, DataCounts, str]:
-        encoder = RowEncoder(
-            self.tokenizer, self.settings["train_on"], self.settings["columns"], by_prefixes
-        )
         counts = DataCounts()
+        encoder = RowEncoder(
+            self.tokenizer,
+            self.settings["train_on"],
+            self.settings["columns"],
+            by_prefixes,
+            counts.add_malformed if self.settings["skip_bad"] else None,
+            self.settings["pairs"],
+        )
         for encoded in encoder.encode(self._watched(num_lines)):
             counts.add_row(encoded)
-            for example in encoded.examples:
-                for kept in self._fitted(example, counts, encoded.where):
-                    counts.examples += 1
-                    counts.tokens += len(kept.tokens)
-                    counts.trained_tokens += kept.num_trained
-                    writer.add(kept)
+            for kept in self._kept(encoded, counts):
+                counts.examples += 1
+                counts.tokens += len(kept.tokens)
+                counts.trained_tokens += kept.num_trained
+                writer.add(kept)
         counts.by_prefixes = encoder.shapes.num_by_prefixes
         if not counts.rows:
-            raise DataError(f"{self.rows.name} holds no rows")
+            why = "holds no rows"
+            if counts.malformed:
+                first = "; ".join(counts.malformed_first)
+                why = f"holds {counts.malformed} rows, all of them malformed; first {first}"
+            raise DataError(f"{self.rows.name} {why}")
         if not counts.examples:
             raise DataError(
                 f"{self.rows.name}: nothing to train on in {counts.rows} rows; "
@@ -242,6 +286,15 @@ class _Maker:
                 share = f" of about {num_lines} ({number / num_lines:.0%})" if num_lines else ""
                 self.notice(f"preparing {self.rows.name}: {number} rows{share}")
             yield placed
+
+    def _kept(self, encoded: Encoded, counts: DataCounts) -> list[Example]:
+        """What is kept of a row's examples: of a pair both, or neither."""
+        fitted = [self._fitted(example, counts, encoded.where) for example in encoded.examples]
+        kept = [example for part in fitted for example in part]
+        if self.settings["pairs"] and not all(fitted):
+            counts.dropped_with_other += len(kept)
+            return []
+        return kept
 
     def _fitted(self, example: Example, counts: DataCounts, where: str) -> list[Example]:
         """What is kept of an example; the rest is counted."""
@@ -303,25 +356,3 @@ def _pieces(example: Example, limit: int) -> Iterator[Example]:
     for start in range(0, len(example.tokens) - 1, limit - 1):
         end = start + limit
         yield Example(example.tokens[start:end], example.labels[start:end])
-
-
-# -- what a person sees --------------------------------------------------------------------------
-
-
-def describe_row(example: Example, tokenizer: Tokenizer) -> Text:
-    """The row as the model reads it, trained spans in `[+ ... +]` and, on a terminal, in green.
-
-    Decoded with its special tokens and cut to a screenful; control characters are replaced.
-    `.plain` is the string.
-    """
-    text = Text()
-    pairs = list(zip(example.tokens, [UNTRAINED, *example.labels[1:]], strict=True))
-    for trained, run in groupby(pairs, key=lambda pair: pair[1] != UNTRAINED):
-        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        piece = piece.translate(_CONTROL)
-        room = SHOWN_CHARACTERS - len(text)
-        cut = f"{piece[:room]} ..." if len(piece) > room else piece
-        text.append(f"[+{cut}+]" if trained else cut, _TRAINED_STYLE if trained else "dim")
-        if len(piece) > room:
-            break
-    return text

@@ -3,6 +3,7 @@
     chat         assistant turns, with the token that ends each turn; or the last turn alone
     completion   the completion, then end-of-text
     text         everything, then end-of-text
+    preference   two examples, chosen and rejected, each a chat or a completion: the answers
 
 A chat is rendered once (masks.py), encoded once without added special tokens, as the template
 writes its own, and masked by token offsets. Labels are set by position, never by token id, so a
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from sloth.data.examples import UNTRAINED, Example
 from sloth.data.masks import Conversation, MaskDisagreement, Span, TemplateShapes
+from sloth.data.preference import PREFERENCE, read_pair
 from sloth.data.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
 from sloth.data.settings import TrainOn
 from sloth.data.sources import Malformed, Placed
@@ -39,9 +41,11 @@ CHUNK_ROWS = 256
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one row became. turns: trained assistant turns; unstopped: of those, the ones whose last
-    trained token would not end an answer. lacks_bos: the template leaves out what the tokenizer
-    puts before a text.
+    """What one row became; a pair, the chosen example and the rejected one.
+
+    turns: trained assistant turns; unstopped: of those, the ones whose last trained token would not
+    end an answer. lacks_bos: the template leaves out what the tokenizer puts before a text.
+    has_same_answers: of a pair whose two examples are equal.
     """
 
     where: str
@@ -52,6 +56,7 @@ class Encoded:
     unstopped: int = 0
     has_double_bos: bool = False
     lacks_bos: bool = False
+    has_same_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ class _Prepared:
 class RowEncoder:
     """Encodes rows for one tokenizer. train_on: "assistant" (every assistant turn; a completion),
     "last" (the last assistant turn alone; a completion) or "everything". by_prefixes: render every
-    chat up to each of its turns, trusting no learned frame.
+    chat up to each of its turns, trusting no learned frame. on_malformed: told of a row that cannot
+    be read, which is then left out; None raises. pairs: rows are preference pairs.
     """
 
     def __init__(
@@ -77,7 +83,10 @@ class RowEncoder:
         train_on: TrainOn = "assistant",
         columns: dict[str, str] | None = None,
         by_prefixes: bool = False,
+        on_malformed: Callable[[DataError], None] | None = None,
+        pairs: bool = False,
     ) -> None:
+        self._on_malformed, self.pairs = on_malformed, pairs
         self.tokenizer, self.train_on, self.columns = tokenizer, train_on, columns
         self.shapes = TemplateShapes(is_trusting=not by_prefixes)
         self._before, self._stops = _written_before(tokenizer), frozenset(tokenizer.stop_ids)
@@ -85,10 +94,15 @@ class RowEncoder:
 
     def encode(self, rows: Iterable[Placed]) -> Iterator[Encoded]:
         """What each row became, in order. Raises DataError, TokenizerMissing."""
-        source = iter(rows)
+        encoded = self._encoded(rows)
+        return _in_pairs(encoded) if self.pairs else encoded
+
+    def _encoded(self, rows: Iterable[Placed]) -> Iterator[Encoded]:
+        """What each text became: two of a pair, one after the other."""
+        prepared_rows = self._prepared(rows)
         with ThreadPoolExecutor(1) as pool:
             waiting: tuple[list[_Prepared], Future[list[Encoding]]] | None = None
-            while chunk := [self._prepare(where, row) for where, row in islice(source, CHUNK_ROWS)]:
+            while chunk := list(islice(prepared_rows, CHUNK_ROWS)):
                 texts = [text for prepared in chunk for text in prepared.texts]
                 encodings = pool.submit(self.tokenizer.encode_batch, texts)
                 if waiting is not None:
@@ -97,10 +111,40 @@ class RowEncoder:
             if waiting is not None:
                 yield from self._finish(*waiting)
 
-    def _prepare(self, where: str, row: Any) -> _Prepared:
+    def _prepared(self, rows: Iterable[Placed]) -> Iterator[_Prepared]:
+        """The rows that can be read; the others are raised, or told of."""
+        for where, row in rows:
+            try:
+                prepared = self._prepare(where, row)
+                for text in (text for one in prepared for text in one.texts):
+                    _require_unicode(text, where)
+            except MaskDisagreement:  # of the template, not of the row
+                raise
+            except DataError as error:
+                if self._on_malformed is None:
+                    raise
+                self._on_malformed(error)
+            else:
+                yield from prepared
+
+    def _prepare(self, where: str, row: Any) -> list[_Prepared]:
+        if isinstance(row, Malformed):
+            raise row.error
         if self.columns is not None:
             row = map_columns(row, self.columns, where)
+        if self.pairs:
+            pair = [self._of(one, PREFERENCE, where) for one in read_pair(row, where)]
+            if any(len(one.spans) > 1 for one in pair):
+                raise DataError(
+                    f"{where}: the chat template writes earlier turns in another way once later "
+                    "ones follow, so an answer of several turns has no one rendering; give an "
+                    "answer of one turn"
+                )
+            return pair
         kind, content = read_row(row, where, self.tokenizer.chat is not None)
+        return [self._of(content, kind, where)]
+
+    def _of(self, content: Content, kind: str, where: str) -> _Prepared:
         if isinstance(content, Text):
             return _Prepared(where, kind, content, [content.text], [])
         if isinstance(content, Completion):
@@ -232,6 +276,32 @@ def encode_row(
     """
     (encoded,) = RowEncoder(tokenizer, train_on).encode([(where, row)])
     return encoded.examples
+
+
+def _in_pairs(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
+    for chosen, rejected in zip(encoded, encoded, strict=True):
+        yield Encoded(
+            chosen.where,
+            chosen.kind,
+            chosen.examples + rejected.examples,
+            chosen.is_empty or rejected.is_empty,
+            chosen.turns + rejected.turns,
+            chosen.unstopped + rejected.unstopped,
+            chosen.has_double_bos or rejected.has_double_bos,
+            chosen.lacks_bos or rejected.lacks_bos,
+            chosen.examples == rejected.examples,
+        )
+
+
+def _require_unicode(text: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half of a surrogate pair ({text[error.start]!r}) in a text; write the "
+            "character out, or both halves"
+        ) from error
 
 
 def _written_before(tokenizer: Tokenizer) -> list[int]:

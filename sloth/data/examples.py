@@ -46,10 +46,10 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Many examples. lengths: int32 [rows], tokens of each."""
+    """Many examples. lengths: int32 [rows], tokens of each. in_use: kept as long as they are."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = list(shards)
+    def __init__(self, shards: Sequence[Shard], in_use: object = None) -> None:
+        self._shards, self.in_use = list(shards), in_use
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard["ends"]))

@@ -5,7 +5,7 @@ or a text.
     sharegpt            {"conversations": [{"from", "value"}, ...], "system": ...}   chat
     alpaca              {"instruction", "input", "output"}       chat; completion without a template
     prompt/completion   {"prompt", "completion"}, both texts or both messages    completion, or chat
-    preference          {"chosen", "rejected"}      named, and refused: it is for another objective
+    preference          {"prompt", "chosen", "rejected"}       two of them; preference.py reads it
     text                {"text"}                                                               text
 
 `columns` says which column holds which field where a file uses other names. Nothing is guessed in
@@ -31,7 +31,7 @@ from sloth.data.row_fields import (
 from sloth.errors import DataError
 
 # Columns by which others call a field, for the mapping that an error suggests.
-_ALSO_CALLED = {
+ALSO_CALLED = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "dialogs"),
     "prompt": ("question", "query", "instruction", "input", "problem", "context", "q", "source"),
     "completion": ("answer", "response", "output", "solution", "target", "reply", "a", "summary"),
@@ -97,8 +97,9 @@ def read_row(row: Any, where: str, has_template: bool) -> tuple[str, Content]:
     kind = kind_of(row, where)
     if kind == "preference":
         raise DataError(
-            f"{where}: a preference pair (chosen, rejected) compares two answers, and this trains "
-            f"on one; to train on the chosen ones give columns={_chosen(row)}"
+            f"{where}: a preference pair (chosen, rejected) compares two answers, which "
+            "objective='dpo' or 'orpo' trains on; to train on the chosen ones alone give "
+            f"columns={_chosen(row)}"
         )
     if kind in ("messages", "sharegpt"):
         return kind, _chat(row, kind, where)
@@ -176,7 +177,7 @@ def _suggestion(row: Mapping[str, Any]) -> str:
     texts = [str(key) for key, value in row.items() if isinstance(value, str)]
     lists = [str(key) for key, value in row.items() if isinstance(value, list)]
     guess: dict[str, str] = {}
-    for field, names in _ALSO_CALLED.items():
+    for field, names in ALSO_CALLED.items():
         candidates = lists if field == "messages" else texts
         by_name = {name.lower(): name for name in candidates if name not in guess.values()}
         found = next((by_name[name] for name in (field, *names) if name in by_name), None)

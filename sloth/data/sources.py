@@ -37,9 +37,8 @@ _HUB = re.compile(
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
 # Of a line, a cell (csv's own limit, 131,072, is shorter than some chats), and how far a broken row
-# of a JSON list is read. Some 16 million tokens of text: no example, so most likely a missing
-# newline.
-MAX_ROW_CHARS = 1 << 26
+# of a JSON list is read. Some 8 million tokens of text: no example, rather a missing newline.
+MAX_ROW_CHARS = 1 << 25
 
 
 @dataclass(frozen=True)

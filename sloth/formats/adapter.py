@@ -1,7 +1,8 @@
 """PEFT adapters: adapter_config.json and adapter_model.safetensors, in and out.
 
-PEFT's tensor names are ours behind `base_model.model.`. What this package cannot represent (DoRA,
-trained biases, other methods than LoRA) is refused by name rather than left out.
+PEFT's tensor names are ours behind `base_model.model.`; for a multimodal model's text tower see
+adapter_wrapper.py. What this package cannot represent (trained biases, other methods than
+LoRA) is refused by name rather than left out.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
@@ -17,25 +18,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sloth.errors import AdapterMismatch, CheckpointMismatch
+from sloth.formats.adapter_wrapper import text_adapter, whole_patterns, whole_targets
 from sloth.formats.checkpoint import read_header, safe_open, set_mode_by_umask
+from sloth.formats.wrapper import is_left_out, text_name, whole_name
+from sloth.lora import BASE_LAYER, EMBEDDING, HEAD, is_lora_name
 from sloth.lora_config import LoraConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_LORA_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-_SAVED_MODULES = ("lm_head.weight", "model.embed_tokens.weight")
+# Whole matrices: trained in full, or the frozen ones that PEFT writes along with their LoRA.
+_SAVED_MODULES = tuple(
+    f"{path}{leaf}" for path in (HEAD, EMBEDDING) for leaf in (".weight", BASE_LAYER)
+)
 
 # Settings that change what the adapter computes and that sloth does not: the value each must have.
 _MUST_BE_OFF = (
-    "use_dora",
     "lora_bias",
     "fan_in_fan_out",
     "use_qalora",
     "use_bdlora",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "layer_replication",
     "arrow_config",
@@ -59,12 +63,20 @@ def save_adapter_files(
     base_name: str,
     revision: str | None,
     target_suffixes: list[str],
+    for_wrapper: bool = False,
 ) -> None:
     """Write the two files into an existing folder.
 
     tensors: by our names. target_suffixes: what names exactly the adapted modules, so neither the
-    layer subset nor exclusions need to be written.
+    layer subset nor exclusions need to be written. for_wrapper: under the names of a multimodal
+    model whose text tower the base is.
     """
+    targets: str | list[str] = target_suffixes
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    if for_wrapper:
+        targets = whole_targets(target_suffixes)
+        ranks, alphas = whole_patterns(config, tensors)
+        tensors = {whole_name(name): tensor for name, tensor in tensors.items()}
     alpha = int(config.alpha) if config.alpha == int(config.alpha) else config.alpha
     settings: dict[str, Any] = {
         "auto_mapping": None,
@@ -81,15 +93,19 @@ def save_adapter_files(
         "peft_type": "LORA",
         "r": config.r,
         "revision": revision,
-        "target_modules": target_suffixes,
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_rslora": config.use_rslora,
     }
     # Older PEFT refuses keys it does not know, so these appear only when they say something.
-    if config.rank_pattern:
-        settings["rank_pattern"] = config.rank_pattern
-    if config.alpha_pattern:
-        settings["alpha_pattern"] = config.alpha_pattern
+    if ranks:
+        settings["rank_pattern"] = ranks
+    if alphas:
+        settings["alpha_pattern"] = alphas
+    if config.use_dora:
+        settings["use_dora"] = True
+    if config.trainable_token_indices:
+        settings["trainable_token_indices"] = config.trainable_token_indices
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
     named = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -112,8 +128,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterMismatch(f"{file} is not valid JSON: {error}") from error
     if not isinstance(settings, dict):
         raise AdapterMismatch(f"{file} holds no object")
-    config = _lora_config(settings, file)
-    return AdapterFiles(config, _read_tensors(folder), settings.get("base_model_name_or_path"))
+    config, tensors = text_adapter(_lora_config(settings, file), _read_tensors(folder))
+    return AdapterFiles(config, tensors, settings.get("base_model_name_or_path"))
 
 
 def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
@@ -145,7 +161,9 @@ def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
             rank_pattern=settings.get("rank_pattern") or {},
             alpha_pattern=settings.get("alpha_pattern") or {},
             use_rslora=settings.get("use_rslora", False),
+            use_dora=settings.get("use_dora", False),
             modules_to_save=settings.get("modules_to_save") or [],
+            trainable_token_indices=settings.get("trainable_token_indices"),
         )
     except ValidationError as error:
         raise AdapterMismatch(f"{file} cannot be used: {error}") from error
@@ -177,4 +195,5 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_known(name: str) -> bool:
-    return name.endswith(_LORA_SUFFIXES) or name in _SAVED_MODULES
+    known = is_lora_name(name) or text_name(name) in _SAVED_MODULES
+    return known or is_left_out(name)

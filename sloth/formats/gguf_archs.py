@@ -64,6 +64,7 @@ class GGUFArch:
     config.json of this type has attention_bias and mlp_bias. keys: hyper-parameters beside the
     common ones -> their name in config.json. keys_have_defaults: the program has values of its own
     for absent ones, so that None cannot be said. states_head_dim: whether config.json has head_dim.
+    rope_keys: the same for what config.json says among its rotary parameters.
     always_tied: the program reads no head. llama3_rope: it reads the divisors of the frequencies.
     local_rope: layers with a window have a rotary table of their own. window_pattern: all layers
     have a window but every so many-th.
@@ -82,6 +83,7 @@ class GGUFArch:
     activation_key: str = "hidden_act"
     keys: dict[str, str] = field(default_factory=dict)
     keys_have_defaults: bool = False
+    rope_keys: dict[str, str] = field(default_factory=dict)
     states_head_dim: bool = True
     always_tied: bool = False
     llama3_rope: bool = False
@@ -191,6 +193,19 @@ LLAMA = GGUFArch(
     states_biases=True,
     llama3_rope=True,
 )
+# Small 3.x and Ministral 3. The program takes YaRN's mscale for 1, and the length from which on
+# queries grow for YaRN's own.
+MISTRAL3 = GGUFArch(
+    name="mistral3",
+    model_type="ministral3",
+    hf_class="Ministral3ForCausalLM",
+    interleaved=True,
+    rope_keys={
+        "attention.temperature_scale": "llama_4_scaling_beta",
+        "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    },
+    llama3_rope=True,
+)
 QWEN2 = GGUFArch(
     name="qwen2",
     model_type="qwen2",
@@ -256,7 +271,8 @@ SMOLLM3 = GGUFArch(
     implied=_smollm3_rope_layers,
 )
 
-GGUF_ARCHS = {arch.name: arch for arch in (LLAMA, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, SMOLLM3)}
+_ALL = (LLAMA, MISTRAL3, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, SMOLLM3)
+GGUF_ARCHS = {arch.name: arch for arch in _ALL}
 
 
 def arch_of_model(model_type: str) -> GGUFArch | None:

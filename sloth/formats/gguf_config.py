@@ -40,6 +40,9 @@ _DIVISOR_RELATIVE_ERROR = 1e-5
 # Llama 3.1 to 3.3 use 8192; low and high frequency factors are 1 and 4 in all of them.
 _LLAMA3_ORIGINAL_LENGTHS = (8192, *(2**n for n in range(4, 21)))
 
+# What programs take for YaRN's mscale, which no file states, where they read mscale_all_dim.
+_MSCALE = 1.0
+
 # Keys that say nothing config.json needs.
 _IRRELEVANT = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
 # Values that leave the computation as it is; any other value goes to the config, which refuses it
@@ -147,6 +150,7 @@ def read_config(
             keys.take(_PATTERN, arch.window_pattern), config["num_hidden_layers"]
         )
     rope = _rope_parameters(keys, head_dim, config["max_position_embeddings"], divisors)
+    rope |= _further_rope_parameters(keys, arch)
     if arch.local_rope:
         theta = _shortest(keys.take("rope.freq_base_swa", DEFAULT_THETA))
         local = {"rope_type": "default", "rope_theta": theta}
@@ -214,6 +218,13 @@ def _rope_parameters(
             f"the GGUF file scales its rotary embedding twice: {kind} and {ROPE_DIVISORS}"
         )
     return _llama3_rope(divisors, theta, head_dim, max_positions)
+
+
+def _further_rope_parameters(keys: _Keys, arch: GGUFArch) -> dict[str, Any]:
+    """What this architecture's files state of rotary positions beside the common keys; 0 is off."""
+    stated = {name: keys.take(key, 0.0) for key, name in arch.rope_keys.items()}
+    found = {name: _shortest(value) for name, value in stated.items() if value != 0}
+    return found | ({"mscale": _MSCALE} if "mscale_all_dim" in found else {})
 
 
 def _llama3_rope(
@@ -312,6 +323,12 @@ def context_length(arch: GGUFArch, config: Config) -> int:
 def _rope_keys(arch: GGUFArch, rope: dict[str, Any]) -> dict[str, Any]:
     kind = rope["rope_type"]
     found: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
+    found |= {key: float(rope[name]) for key, name in arch.rope_keys.items() if rope.get(name)}
+    if "llama_4_scaling_beta" in rope and kind != "yarn":
+        raise UnsupportedConfig(
+            f"a {arch.name} GGUF file states the length from which on queries grow for yarn alone, "
+            f"not for a rope_type of {kind!r}"
+        )
     if kind == "default" or (kind == "llama3" and arch.llama3_rope):
         return found
     if kind not in ("linear", "yarn"):
@@ -319,12 +336,7 @@ def _rope_keys(arch: GGUFArch, rope: dict[str, Any]) -> dict[str, Any]:
     found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "linear":
         return found
-    # The program forms the factor on cos and sin from the scaling factor alone.
-    unsaid = [
-        key
-        for key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-        if rope.get(key) not in (None, True)
-    ]
+    unsaid = _unsaid_of_yarn(arch, rope)
     if unsaid:
         raise UnsupportedConfig(
             f"a {arch.name} GGUF file cannot state {', '.join(unsaid)} of a yarn scaling"
@@ -334,6 +346,19 @@ def _rope_keys(arch: GGUFArch, rope: dict[str, Any]) -> dict[str, Any]:
         if rope.get(key) is not None:
             found[f"rope.scaling.yarn_{key}"] = float(rope[key])
     return found
+
+
+def _unsaid_of_yarn(arch: GGUFArch, rope: dict[str, Any]) -> list[str]:
+    """Settings that would be lost: the program forms the factor on cos and sin from the scaling
+    factor alone, or, where its files state mscale_all_dim, from that and an mscale of 1."""
+    keys = ["attention_factor", "mscale", "mscale_all_dim", "truncate"]
+    if "mscale_all_dim" in arch.rope_keys.values() and rope.get("mscale_all_dim"):
+        keys.remove("mscale_all_dim")
+        if rope.get("mscale") == _MSCALE:
+            keys.remove("mscale")
+        elif rope.get("mscale") is None:
+            return ["mscale_all_dim without mscale"]
+    return [key for key in keys if rope.get(key) is not None and rope[key] is not True]
 
 
 def rope_divisors(config: Config) -> Tensor | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sloth.errors import DataError, UnknownModel
+from sloth.formats.download import fetch
 
 # alias -> (repository, open pre-quantised copy or None). Where the original is gated, the alias
 # names it.
@@ -102,10 +103,13 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 }
 
 # What a model folder needs: never code, never pickles, and one of the weight formats.
-_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md"]
 # Where the hub keeps its own conversion of a data set that comes in other files.
 _PARQUET_BRANCH = "refs/convert/parquet"
 _REPO_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+# A card's metadata is YAML; one line of it is wanted, and no parser is let at a stranger's file.
+_LICENSE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
+_CARD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,23 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Res
     return _download(repo_id, revision, alias, open_copy, weights)
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether it is written owner/name."""
+    return _REPO_ID.fullmatch(name) is not None
+
+
+def read_license(path: Path) -> str | None:
+    """The licence that a model folder's card names in its metadata, by the hub's identifier."""
+    try:
+        with (path / "README.md").open("rb") as stream:
+            text = stream.read(_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+    head = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    found = _LICENSE.search(head)
+    return found[1] if found else None
+
+
 def _nearest(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), ALIASES, n=4, cutoff=0.5)
     known = ", ".join(close) if close else ", ".join(list(ALIASES)[:8]) + ", ..."
@@ -147,18 +168,16 @@ def _nearest(name: str) -> str:
 def _download(
     repo_id: str, revision: str | None, alias: str | None, open_copy: str | None, weights: bool
 ) -> Resolved:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
         patterns = [p for p in _PATTERNS if weights or p != "*.safetensors"]
-        path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        path = fetch(repo_id, revision, patterns)
     except GatedRepoError as error:
         instead = f" Or use the open 4-bit copy: sloth.load({open_copy!r})" if open_copy else ""
         raise UnknownModel(
@@ -172,7 +191,7 @@ def _download(
             f"{repo_id} is not on the hub, or is private and you are not logged in "
             f"(`hf auth login`).{_nearest(repo_id.split('/')[-1])}"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UnknownModel(
             f"{repo_id} could not be fetched and is not in the local cache: {error}"
         ) from error
@@ -185,21 +204,18 @@ def fetch_dataset(repo_id: str, revision: str | None = None) -> Path:
 
     Nothing of it is run. Raises DataError, saying what to do.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     if not _REPO_ID.fullmatch(repo_id):
         raise DataError(f"{repo_id!r} is no data set on the hub; one is written owner/name")
     for branch in (revision, _PARQUET_BRANCH) if revision is None else (revision,):
         try:
-            folder = snapshot_download(
-                repo_id, repo_type="dataset", revision=branch, allow_patterns=["*.parquet"]
-            )
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            folder = fetch(repo_id, branch, ["*.parquet"], repo_type="dataset")
+        except (HTTPError, OSError) as error:
             raise DataError(
                 f"the data set {repo_id} could not be fetched and is not in the local cache (a "
                 f"gated or private one needs `hf auth login`): {error}"
             ) from error
-        if any(Path(folder).rglob("*.parquet")):
-            return Path(folder)
+        if any(folder.rglob("*.parquet")):
+            return folder
     raise DataError(f"the data set {repo_id} has no Parquet files; download it, and give its files")

@@ -32,9 +32,11 @@ _LEFT_OUT = ("vision_tower.", "multi_modal_projector.")
 # On disk -> in the text model. A name without any of them is the text model's own.
 _PREFIXES = {
     "language_model.model.": "model.",
-    "language_model.lm_head.": "lm_head.",
+    "language_model.lm_head": "lm_head",
     "model.language_model.": "model.",
 }
+# In the text model -> in Transformers' class of the whole model, whose head stands outside.
+_TEXT, _WHOLE = "model.", "model.language_model."
 
 
 class Source(Protocol):
@@ -75,15 +77,15 @@ class TextTower:
         self._on_disk: dict[str, str] = {}
         self.left_out: list[str] = []
         for name in source.names:
-            if name.removeprefix("model.").startswith(_LEFT_OUT):
+            if is_left_out(name):
                 self.left_out.append(name)
                 continue
-            text_name = _text_name(name)
-            if text_name in self._on_disk:
+            known = text_name(name)
+            if known in self._on_disk:
                 raise CheckpointMismatch(
-                    f"{name} and {self._on_disk[text_name]} are both the text model's {text_name}"
+                    f"{name} and {self._on_disk[known]} are both the text model's {known}"
                 )
-            self._on_disk[text_name] = name
+            self._on_disk[known] = name
         self.names = {text: source.names[disk] for text, disk in self._on_disk.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -91,8 +93,23 @@ class TextTower:
         return self._source.tensor(self._on_disk[name])
 
 
-def _text_name(name: str) -> str:
+def is_left_out(name: str) -> bool:
+    """Whether a wrapper's tensor or module belongs to images alone."""
+    return name.removeprefix("model.").startswith(_LEFT_OUT)
+
+
+def text_name(name: str) -> str:
+    """The text model's name of a wrapper's tensor or module; its own names stay."""
     for on_disk, in_text in _PREFIXES.items():
         if name.startswith(on_disk):
             return in_text + name.removeprefix(on_disk)
     return name
+
+
+def whole_name(name: str) -> str:
+    """The text model's tensor or module as Transformers' class of the whole model has it.
+
+    PEFT goes by these names, whatever the files say: `model.layers.0...` is
+    `model.language_model.layers.0...` there, and `lm_head` keeps its place.
+    """
+    return _WHOLE + name.removeprefix(_TEXT) if name.startswith(_TEXT) else name

@@ -12,6 +12,7 @@ from typing import Any
 
 from sloth.errors import TokenizerMissing
 from sloth.infer.generate import dequantised_while_generating, generate_tokens
+from sloth.lora import norms_held
 from sloth.models.decoder import Decoder
 from sloth.text.tokenizer import Tokenizer
 
@@ -123,11 +124,13 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
 
 @contextmanager
 def _ready_to_generate(network: Decoder) -> Iterator[None]:
-    """Dropout off and weights dequantised inside; what was before comes back after."""
+    """Dropout off, weights dequantised and DoRA's norms held inside; what was before comes back
+    after."""
     was_training = network.training
     network.eval()
     try:
-        with dequantised_while_generating(network, network.model.embed_tokens.weight.dtype):
+        dtype = network.model.embed_tokens.weight.dtype
+        with norms_held(network), dequantised_while_generating(network, dtype):
             yield
     finally:
         network.train(was_training)

@@ -25,6 +25,7 @@ from sloth.kernels.ops import (
     attention,
     glu,
     linear_cross_entropy,
+    linear_log_probs,
     lora_linear,
     rms_norm,
     rope,
@@ -60,6 +61,7 @@ class Ops:
     attention: Callable[..., Tensor]
     lora_linear: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    linear_log_probs: Callable[..., Tensor]
 
 
 def _lora_linear_reference(
@@ -77,6 +79,7 @@ REFERENCE = Ops(
     attention=attention.attention_reference,
     lora_linear=_lora_linear_reference,
     linear_cross_entropy=linear_cross_entropy.linear_cross_entropy_reference,
+    linear_log_probs=linear_log_probs.linear_log_probs_reference,
 )
 OPS = Ops(
     rms_norm=rms_norm.rms_norm,
@@ -86,6 +89,7 @@ OPS = Ops(
     attention=attention.attention,
     lora_linear=lora_linear.lora_linear,
     linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
+    linear_log_probs=linear_log_probs.linear_log_probs,
 )
 
 

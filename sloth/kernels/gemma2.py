@@ -40,7 +40,8 @@ WIRING = Wiring(
 
 
 class Gemma2BlockFunction(torch.autograd.Function):
-    """One layer. Inputs after the context: A and B of every projection in stack order, or None."""
+    """One layer. Inputs after the context: A, B and magnitudes of every projection in stack order,
+    each or None."""
 
     @staticmethod
     def forward(
@@ -86,7 +87,7 @@ class Gemma2BlockFunction(torch.autograd.Function):
         context: BlockContext = ctx.context
         saved, dy_ND, need_dx = Saved.restore(ctx, layer), as_rows(dy), ctx.needs_input_grad[0]
         grads = Gradients(layer, ctx.needs_input_grad[3:])
-        layer.fill()
+        layer.refill()
         norm1, norm2, norm3, norm4 = layer.norms
         # Is a gradient wanted before this point? Front to back: into q, k, v; of h.
         into_attention = need_dx or grads.wants("qkv")
@@ -129,7 +130,7 @@ class Gemma2BlockFunction(torch.autograd.Function):
         da = layer.o.new_output_gradient(len(x))
         _norm_backward(norm2, dh, a, out=da[:, : layer.o.N])
         layer.o.spread(da)
-        grads.add("o", da, halves.merged(o), saved)
+        grads.add("o", da, halves.merged(o), saved, outputs=layer.o.output_parts(a))
         if not into_attention:
             return None, None, None, *grads.in_order()
         do = layer.o.input_gradient(da, saved.masks_of("o"))
@@ -137,9 +138,11 @@ class Gemma2BlockFunction(torch.autograd.Function):
 
         # o = attention(q, k, v);  q, k, v = P(n1);  n1 = norm1(x), and x reaches h directly too
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
+        outputs = layer.qkv.output_parts(qkv)
         del do, qkv, o
         n1, rstd1 = rms_norm_fwd(x, norm1.weight, norm1.eps, norm1.offset)
-        grads.add("qkv", dqkv, n1, saved)
+        grads.add("qkv", dqkv, n1, saved, outputs=outputs)
+        del outputs
         dx = None
         if need_dx:
             del n1

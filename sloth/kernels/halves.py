@@ -51,9 +51,9 @@ def tiles(num_rows: int, size: int | None) -> Iterator[slice]:
 def project_qkv(
     layer: FusedLayer, n1: Tensor, shape: torch.Size, context: BlockContext, saved: Saved
 ) -> Tensor:
-    """n1 [N, D + R] -> q, k, v [N, (H + 2 K) E]: rotated, or raw where q and k have norms."""
+    """n1 [N, D + R] -> q, k, v [N, (H + 2 K) E]: rotated, or raw where a backward wants them so."""
     qkv, saved.lows["qkv"] = layer.qkv.forward(n1, saved.masks_of("qkv"))
-    if layer.qk_norms is None:
+    if not layer.keeps_raw_qkv:
         q_BTHE, k_BTKE, _ = _split(layer, qkv, shape)
         if context.cos is not None and context.sin is not None:
             rope_fwd(q_BTHE, k_BTKE, context.cos, context.sin, outs=(q_BTHE, k_BTKE))
@@ -128,6 +128,10 @@ def _heads(
     if layer.qk_norms is not None:
         q, k = qk_norm_rope_fwd(q, k, layer.qk_norms, *_tables(context))
         _scale_queries(q, context)
+    elif layer.keeps_raw_qkv:
+        if context.cos is not None and context.sin is not None:
+            q, k = rope_fwd(q, k, context.cos, context.sin)
+        q = q if context.query_scale is None else q * context.query_scale
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -177,29 +181,37 @@ def mlp_backward(
     grads: Gradients,
     need_dn2: bool,
 ) -> Tensor | None:
-    """Gradients of the MLP's LoRA and of n2, for some rows; dy [n, D + R] spread."""
+    """Gradients of the MLP's LoRA and of n2, for some rows; dy [n, D + R] spread.
+
+    saved.m: the MLP's output, where DoRA on down_proj wants it.
+    """
     ffn, activation = layer.down.K, layer.wiring.activation
+    y = layer.down.output_parts(saved.m[rows]) if layer.down.is_dora else None
     d_gate_up = layer.gate_up.new_output_gradient(len(dy))
     dgate, dup = d_gate_up[:, :ffn], d_gate_up[:, ffn : 2 * ffn]
     gate, up = saved.gate, saved.up
     if up is None:
-        # Into the places of their gradients, which take over element by element.
+        # Into the places of their gradients, which take over element by element; DoRA reads both.
+        apart = layer.gate_up.is_dora
+        room = d_gate_up.new_empty(len(dy), 2 * ffn) if apart else d_gate_up[:, : 2 * ffn]
         masks = saved.masks_of("gate_up", rows)
         if gate is None:
-            layer.gate_up.forward(n2, masks, out=d_gate_up[:, : 2 * ffn])
-            gate = dgate
+            layer.gate_up.forward(n2, masks, out=room)
+            gate = room[:, :ffn]
         else:
-            layer.gate_up.forward(n2, masks, out=dup, member=1)
-        up = dup
+            layer.gate_up.forward(n2, masks, out=room[:, ffn:], member=1)
+        up = room[:, ffn:]
     if not (need_dn2 or grads.wants("gate_up")):
-        grads.add("down", dy, glu_fwd(gate, up, activation), saved, rows)
+        grads.add("down", dy, glu_fwd(gate, up, activation), saved, rows, y)
         return None
     dproduct = layer.down.input_gradient(dy, saved.masks_of("down", rows))
     glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
-    grads.add("down", dy, dproduct, saved, rows)  # by now the product itself
+    grads.add("down", dy, dproduct, saved, rows, y)  # by now the product itself
+    outputs = (gate, up) if layer.gate_up.is_dora else None
     del dproduct, gate, up
     layer.gate_up.spread(d_gate_up)
-    grads.add("gate_up", d_gate_up, n2, saved, rows)
+    grads.add("gate_up", d_gate_up, n2, saved, rows, outputs)
+    del outputs
     if not need_dn2:
         return None
     return layer.gate_up.input_gradient(d_gate_up, saved.masks_of("gate_up", rows))

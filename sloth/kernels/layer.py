@@ -20,6 +20,7 @@ from sloth.kernels.context import BlockContext
 from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
 from sloth.kernels.ops.glu import Activation
+from sloth.kernels.rows import compute_dtype
 from sloth.kernels.stacked import Stack, StackShape
 
 # Stack name -> paths of its projections inside a block, in stacking order.
@@ -56,9 +57,10 @@ class Wiring:
 class FusedLayer:
     """What a twin needs of one block, prepared: its stacks, its norms, what fills the scratch.
 
-    resident: its NF4 matrices stay unpacked, in scratch of its own.
-    stacks: by name. norms: modules with weight, eps and offset. matrices: A and B of every
-    projection in stack order, None without an adapter or while it is switched off.
+    resident: its NF4 matrices stay unpacked, in scratch of its own; DoRA, whose gains change them
+    at every step, refuses it (KernelUnavailable).
+    stacks: by name. norms: modules with weight, eps and offset. matrices: A, B and magnitudes of
+    every projection in stack order, None without one or while the adapter is switched off.
     """
 
     def __init__(
@@ -82,16 +84,21 @@ class FusedLayer:
             self.qk_norms = attention.q_norm, attention.k_norm
         self.head_dim, self.scale, self.dtype = attention.head_dim, attention.scale, dtype
         self.stacks: dict[str, Stack] = {}
-        codes, copies = [], []
         for name, paths in GROUPS.items():
             shared = None if resident else workspace
-            stack = _prepare_stack(name, [modules[path] for path in paths], dtype, shared)
-            self.stacks[name] = stack
-            codes += stack.codes()
-            copies += stack.copies()
+            members = [modules[path] for path in paths]
+            self.stacks[name] = _prepare_stack(name, members, dtype, shared)
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
-        self._codes, self._copies = NF4Batch(codes), CopyBatch(copies)
+        every = list(self.stacks.values())
+        self._codes = NF4Batch([part for stack in every for part in stack.codes()])
+        self._copies = CopyBatch([part for stack in every for part in stack.copies()])
+        # Of these the gains are taken, from the matrices without them, before each forward.
+        self._dora = [stack for stack in every if stack.is_dora]
+        self._bare_codes = NF4Batch([p for s in self._dora for p in s.codes(with_gains=False)])
+        self._bare_copies = CopyBatch([p for s in self._dora for p in s.copies(with_gains=False)])
+        if resident and self._dora:
+            raise KernelUnavailable("a layer with DoRA cannot stay unpacked: its rows are scaled")
         if resident:
             self._codes.run()
             self._codes = NF4Batch([])
@@ -100,6 +107,12 @@ class FusedLayer:
         for member in self.members:
             lora = member.lora
             self.matrices += (None, None) if lora is None else (lora.A, lora.B)
+            self.matrices.append(_magnitudes(member))
+
+    @property
+    def keeps_raw_qkv(self) -> bool:
+        """Whether the products before RoPE are wanted again: by norms of q and k, or by DoRA."""
+        return self.qk_norms is not None or self.qkv.is_dora
 
     def is_current(self, dtype: torch.dtype, resident: bool) -> bool:
         """Whether nothing it was prepared from has been replaced since."""
@@ -107,7 +120,20 @@ class FusedLayer:
         return same and self._state == [_state(member) for member in self.members]
 
     def fill(self) -> None:
-        """Unpack the codes and write A and B as they are now: two launches."""
+        """Unpack the codes and write A and B as they are now: two launches.
+
+        With DoRA they come twice, for the gains are taken from the matrices themselves; dense ones
+        are read where they lie, and copied once.
+        """
+        if self._dora:
+            self._bare_codes.run()
+            self._bare_copies.run()
+            for stack in self._dora:
+                stack.take_gains()
+        self.refill()
+
+    def refill(self) -> None:
+        """The same for a backward: the gains are those of its forward, as A and B are."""
         self._codes.run()
         self._copies.run()
 
@@ -202,13 +228,22 @@ def _prepare_stack(
     )
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
-    if workspace is not None and not any(isinstance(base, Tensor) for base in bases):
-        return Stack(members, shape, workspace.scratch(name, shape, dtype, device))
+    is_dora = any(_magnitudes(member) is not None for member in members)
+    gains = None
+    if is_dora:
+        gains = torch.empty(shape.num_outputs, dtype=compute_dtype(dtype), device=device)
+    if workspace is not None and (is_dora or not any(isinstance(base, Tensor) for base in bases)):
+        return Stack(members, shape, workspace.scratch(name, shape, dtype, device), gains)
     scratch = shape.scratch(dtype, device)
     for base, slot in zip(bases, shape.slots, strict=True):
         if isinstance(base, Tensor):
             _move_in(base, scratch[slot.rows, : shape.num_inputs])
-    return Stack(members, shape, scratch)
+    return Stack(members, shape, scratch, gains)
+
+
+def _magnitudes(member: Any) -> Tensor | None:
+    """DoRA's magnitudes of a projection, None without them or while the adapter is off."""
+    return member.lora_magnitude_vector if member.lora_enabled else None
 
 
 def _move_in(weight: Tensor, place: Tensor) -> None:
@@ -226,6 +261,7 @@ def _state(member: Any) -> tuple[Any, ...]:
         None if bias is None else bias.data_ptr(),
         None if A is None else A.weight.data_ptr(),
         None if B is None else B.weight.data_ptr(),
+        None if member.lora_magnitude_vector is None else member.lora_magnitude_vector.data_ptr(),
         member.lora_scale,
         member.lora_enabled,
     )

@@ -19,6 +19,9 @@ nothing of size T x T. It makes n1, n2 and silu(g) * u again, and whatever else 
 not name; only P_down is never computed twice, since nothing needs its output. Norms, RoPE and the
 MLP work row by row, so `keep.tile_tokens` bounds what the MLP holds at a time.
 
+DoRA's magnitudes do want outputs: q, k and v are then kept as they were before RoPE, P_o(o) in
+place of h, one sum away from it, and the output of P_down beside the rest.
+
 The model file is the specification (`sloth/models/llama.py`); a test pins this file to it. Forward
 and backward call the ops' host functions, so they run on either engine. Every pre-norm family runs
 through it with a `Wiring` of its own.
@@ -46,7 +49,8 @@ WIRING = Wiring(norms=("input_layernorm", "post_attention_layernorm"))
 
 
 class LlamaBlockFunction(torch.autograd.Function):
-    """One layer. Inputs after the context: A and B of every projection in stack order, or None."""
+    """One layer. Inputs after the context: A, B and magnitudes of every projection in stack order,
+    each or None."""
 
     @staticmethod
     def forward(
@@ -70,19 +74,25 @@ class LlamaBlockFunction(torch.autograd.Function):
         del qkv, o, stats
 
         # h = x + P_o(o);  y = h + MLP(norm(h))
-        if keep.tile_tokens is None:
+        if keep.hidden and layer.o.is_dora:
+            saved.a = delta
+        if keep.tile_tokens is None and not layer.down.is_dora:
             n2 = layer.gate_up.new_input(len(x_ND))
             out = n2[:, : layer.gate_up.K]
             _, h, _ = add_rms_norm_fwd(delta, x_ND, norm2.weight, norm2.eps, norm2.offset, out=out)
             del delta
             y = halves.mlp(layer, n2, keep, saved, slice(0, len(h)), add=h)
         else:
-            h = delta.add_(x_ND)
+            h = delta + x_ND if layer.o.is_dora else delta.add_(x_ND)
+            del delta
             y = torch.empty_like(h)
             for rows in halves.tiles(len(h), keep.tile_tokens):
                 n2, _ = halves.normed_input(layer.gate_up, norm2, h[rows])
-                y[rows] = halves.mlp(layer, n2, keep, saved, rows, add=h[rows])
-        if keep.hidden:
+                add = None if layer.down.is_dora else h[rows]
+                y[rows] = halves.mlp(layer, n2, keep, saved, rows, add=add)
+            if layer.down.is_dora:
+                saved.m, y = y, h + y
+        if keep.hidden and not layer.o.is_dora:
             saved.h = h
         saved.store(ctx, matrices, keep.offload)
         ctx.layer, ctx.context, ctx.shape = layer, context, x.shape
@@ -95,14 +105,14 @@ class LlamaBlockFunction(torch.autograd.Function):
         context: BlockContext = ctx.context
         saved, dy_ND, need_dx = Saved.restore(ctx, layer), as_rows(dy), ctx.needs_input_grad[0]
         grads = Gradients(layer, ctx.needs_input_grad[3:])
-        layer.fill()
+        layer.refill()
         norm1, norm2 = layer.norms
         # Is a gradient wanted before this point? Front to back: into q, k, v; of h.
         into_attention = need_dx or grads.wants("qkv")
         into_h = into_attention or grads.wants("o")
 
         # What was not kept is made again, in the forward's order.
-        x, qkv, o, h = saved.x, saved.qkv, saved.o, saved.h
+        x, qkv, o, a, h = saved.x, saved.qkv, saved.o, saved.a, saved.h
         if qkv is None:
             n1, _ = halves.normed_input(layer.qkv, norm1, x)
             qkv = halves.project_qkv(layer, n1, ctx.shape, context, saved)
@@ -110,7 +120,10 @@ class LlamaBlockFunction(torch.autograd.Function):
         if o is None:
             o, saved.stats = halves.attend(layer, qkv, ctx.shape, context)
         if h is None:
-            h = halves.project_o(layer, o, saved).add_(x)
+            a = halves.project_o(layer, o, saved) if a is None else a
+            h = a + x if layer.o.is_dora else a.add_(x)
+        outputs = layer.o.output_parts(a) if layer.o.is_dora else None
+        del a
 
         # y = h + MLP(n2);  n2 = norm(h), and h reaches y directly too
         dh = layer.o.new_output_gradient(len(x))
@@ -135,16 +148,19 @@ class LlamaBlockFunction(torch.autograd.Function):
 
         # h = x + P_o(o)
         layer.o.spread(dh)
-        grads.add("o", dh, halves.merged(o), saved)
+        grads.add("o", dh, halves.merged(o), saved, outputs=outputs)
+        del outputs
         if not into_attention:
             return None, None, None, *grads.in_order()
         do = layer.o.input_gradient(dh, saved.masks_of("o"))
 
         # o = attention(q, k, v);  q, k, v = P(n1);  n1 = norm(x), and x reaches h directly too
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
+        outputs = layer.qkv.output_parts(qkv)
         del do, qkv, o
         n1, rstd1 = rms_norm_fwd(x, norm1.weight, norm1.eps, norm1.offset)
-        grads.add("qkv", dqkv, n1, saved)
+        grads.add("qkv", dqkv, n1, saved, outputs=outputs)
+        del outputs
         dx = None
         if need_dx:
             del n1

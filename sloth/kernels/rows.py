@@ -1,4 +1,4 @@
-"""What the row-wise Triton launchers share: a 2-D view of any tensor, and a fixed warp count.
+"""What ops that go row by row share: a 2-D view of any tensor, sums over rows, a fixed warp count.
 
 A row-wise kernel sees [N, D] with any row stride and unit inner stride. One program holds one row
 (or one tile of it) in registers, so the warp count follows from the tile's width alone; nothing is
@@ -14,6 +14,8 @@ from torch import Tensor
 # that the four fp32 copies of a row which the norm's backward holds do not spill.
 _ELEMENTS_PER_WARP = 512
 _MAX_WARPS = 16
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -35,3 +37,12 @@ def next_power_of_2(n: int) -> int:
 def warps_for(num_elements: int) -> int:
     """Warps of a program whose tile holds `num_elements`: a power of two from 1 to 16."""
     return min(max(num_elements // _ELEMENTS_PER_WARP, 1), _MAX_WARPS)
+
+
+def sum_over_rows(left_NP: Tensor, right_NQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """left^T right [P, Q] in `dtype`, accumulated in fp32 or wider and rounded to `dtype` alone."""
+    if left_NP.is_cuda and dtype == torch.float32 and left_NP.dtype in _HALF:
+        # An fp32 result costs nothing extra, and rules out the 16-bit partial sums of split K.
+        return torch.mm(left_NP.T, right_NQ, out_dtype=torch.float32)
+    wide = torch.promote_types(left_NP.dtype, dtype)
+    return (left_NP.T.to(wide) @ right_NQ.to(wide)).to(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sloth.kernels.layer import FusedLayer
-from sloth.kernels.stacked import Factors, Masks, Stack
+from sloth.kernels.stacked import Factors, Masks, Outputs, Stack
 
 _KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
 # Of these, what may wait in host memory.
@@ -107,38 +107,47 @@ class Saved:
 
 
 class Gradients:
-    """Gradients of every A and B of a layer, summed over the row tiles of its MLP.
+    """Gradients of A, B and magnitudes of a layer, summed over the row tiles of its MLP.
 
     needs: which of them are wanted, in the order of `FusedLayer.matrices`.
     """
 
     def __init__(self, layer: FusedLayer, needs: Sequence[bool]) -> None:
-        pairs = iter(zip(needs[::2], needs[1::2], strict=True))
+        triples = iter(zip(needs[::3], needs[1::3], needs[2::3], strict=True))
         self._wanted = {
-            name: [next(pairs) for _ in stack.members] for name, stack in layer.stacks.items()
+            name: [next(triples) for _ in stack.members] for name, stack in layer.stacks.items()
         }
         self._factors: dict[str, list[Factors]] = {}
         self._stacks = layer.stacks
 
     def wants(self, name: str) -> bool:
-        """Whether a LoRA matrix of this stack wants a gradient."""
+        """Whether an adapter's tensor of this stack wants a gradient."""
         return any(any(want) for want in self._wanted[name])
 
     def add(
-        self, name: str, dy: Tensor, x: Tensor, saved: Saved, rows: slice = slice(None)
+        self,
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        saved: Saved,
+        rows: slice = slice(None),
+        outputs: Outputs = None,
     ) -> None:
-        """Add what some rows give: dy [n, N + R] spread, x [n, K or more] the stack's input."""
+        """Add what some rows give: dy [n, N + R] spread, x [n, K or more] the stack's input.
+
+        outputs: Y of its members [n, their N], for a stack with DoRA.
+        """
         if not self.wants(name):
             return
         stack: Stack = self._stacks[name]
-        masks = saved.masks_of(name, rows)
-        new = stack.factor_gradients(dy, x, saved.lows[name][rows], masks, self._wanted[name])
+        low, masks = saved.lows[name][rows], saved.masks_of(name, rows)
+        new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], outputs)
         old = self._factors.get(name)
         self._factors[name] = new if old is None else [*map(_added, old, new)]
 
     def in_order(self) -> list[Tensor | None]:
-        """dA and dB of every projection, None where not wanted."""
-        nothing: Factors = (None, None)
+        """dA, dB and dm of every projection, None where not wanted."""
+        nothing: Factors = (None, None, None)
         return [
             gradient
             for name, stack in self._stacks.items()
@@ -148,7 +157,7 @@ class Gradients:
 
 
 def _added(old: Factors, new: Factors) -> Factors:
-    first, second = (
+    first, second, third = (
         None if a is None or b is None else a + b for a, b in zip(old, new, strict=True)
     )
-    return first, second
+    return first, second, third

@@ -17,6 +17,10 @@ LoRA dropout gives every member an input of its own, so there the low-rank produ
 
 NF4 matrices are unpacked into the scratch, which layers of one shape share, at every pass; dense
 ones live in a scratch of their own, `weight` a view of it, so that nothing is copied.
+
+DoRA multiplies the rows of W and sB by gains (`ops/dora.py`), which stand in the scratch already:
+nothing above changes, but that dB gets its gains as well, and that the magnitudes' gradient wants
+the outputs Y beside dY. Such a stack copies dense matrices too: a gain belongs to one step.
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; block products by hand.
 """
 
@@ -29,8 +33,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sloth.kernels.ops.lora_linear import LoraOperands, sum_over_rows
+from sloth.kernels.ops.batch import CopyPart, NF4Part
+from sloth.kernels.ops.dora import adapted_norms, gains_of, magnitude_gradient
+from sloth.kernels.ops.lora_linear import LoraOperands
 from sloth.kernels.ops.nf4 import NF4Weight
+from sloth.kernels.rows import sum_over_rows
 
 # Ranks and row strides are padded to it: K + 64 runs at the speed of K, K + 16 does not.
 _ALIGNMENT = 64
@@ -82,39 +89,101 @@ def padded(n: int) -> int:
 
 
 Masks = list[Tensor | None] | None
-Factors = tuple[Tensor | None, Tensor | None]
-Wanted = Sequence[tuple[bool, bool]]
+# Of A, B and the magnitudes.
+Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
+Wanted = Sequence[tuple[bool, bool, bool]]
+# Y of each member [n, its N], in the order of the stack; None without DoRA.
+Outputs = Sequence[Tensor] | None
 
 
 class Stack:
-    """One stack of a layer, in a scratch that `layer.LayerWeights.fill` keeps current."""
+    """One stack of a layer, in a scratch that `layer.FusedLayer.fill` keeps current.
 
-    def __init__(self, members: Sequence[Any], shape: StackShape, scratch: Tensor) -> None:
+    gains: one for each output row, fp32 or wider, of a stack with DoRA; None for another.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Any],
+        shape: StackShape,
+        scratch: Tensor,
+        gains: Tensor | None = None,
+    ) -> None:
         self.members, self.shape, self.scratch = list(members), shape, scratch
         self.slots = shape.slots
         self.K, self.N, self.R = shape.num_inputs, shape.num_outputs, shape.rank
         self.A, self.sB = scratch[self.N :, : self.K], scratch[: self.N, self.K :]
         self.bias = _stacked_bias(self.members, shape)
+        self.gains = gains
+        self._squared: Tensor | None = None
+        if gains is not None:
+            self._squared = torch.cat([m.squared_norms(gains.dtype) for m in self.members])
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether a member has magnitudes, so that their gradient will ask for outputs."""
+        return self.gains is not None
 
     # -- what fills the scratch ------------------------------------------------------------------
 
-    def codes(self) -> list[tuple[NF4Weight, Tensor]]:
-        """(NF4 matrix, its place) of each member that is quantized."""
-        places = [self.scratch[slot.rows, : self.K] for slot in self.slots]
-        pairs = [(m.base, place) for m, place in zip(self.members, places, strict=True)]
-        return [(base, place) for base, place in pairs if isinstance(base, NF4Weight)]
-
-    def copies(self) -> list[tuple[Tensor, Tensor, float]]:
-        """(source, place, factor) of every A and B; a switched-off adapter counts as zero."""
+    def codes(self, with_gains: bool = True) -> list[NF4Part]:
+        """What unpacks each quantized member, with or without DoRA's gains."""
         parts = []
         for member, slot in zip(self.members, self.slots, strict=True):
+            base, place = member.base, self.scratch[slot.rows, : self.K]
+            if isinstance(base, NF4Weight):
+                parts.append(NF4Part(base, place, self._gains_at(slot) if with_gains else None))
+        return parts
+
+    def copies(self, with_gains: bool = True) -> list[CopyPart]:
+        """What copies every A and B; a switched-off adapter counts as zero. With DoRA's gains dense
+        matrices come along, which take them."""
+        parts = []
+        for member, slot in zip(self.members, self.slots, strict=True):
+            gains = self._gains_at(slot) if with_gains else None
+            if gains is not None and isinstance(member.base, Tensor):
+                parts.append(CopyPart(member.base, self.scratch[slot.rows, : self.K], 1.0, gains))
             if member.lora_slot is None:
                 continue
             lora: LoraOperands = member.lora_slot
             on = 1.0 if member.lora_enabled else 0.0
-            parts.append((lora.A, self.A[slot.ranks], on))
-            parts.append((lora.B, self.sB[slot.rows, slot.ranks], on * lora.scale))
+            place = self.sB[slot.rows, slot.ranks]
+            parts.append(CopyPart(lora.A, self.A[slot.ranks], on))
+            parts.append(CopyPart(lora.B, place, on * lora.scale, gains))
         return parts
+
+    def _gains_at(self, slot: Slot) -> Tensor | None:
+        return None if self.gains is None else self.gains[slot.rows]
+
+    def take_gains(self) -> None:
+        """DoRA's gains of the factors as they are; codes, A and B stand in the scratch without."""
+        assert self.gains is not None and self._squared is not None
+        whole = None
+        if all(isinstance(member.base, NF4Weight) for member in self.members):
+            base = self.scratch[: self.N, : self.K]
+            whole = adapted_norms(base, self.A, self.sB, self._squared)
+        for member, slot in zip(self.members, self.slots, strict=True):
+            own = None if member.lora is None else member.lora.magnitude
+            if own is None:
+                self.gains[slot.rows] = 1.0
+                continue
+            norms = own.norms
+            if norms is None:
+                norms = self._norms_at(slot, member) if whole is None else whole[slot.rows]
+            self.gains[slot.rows] = gains_of(own.m.detach(), norms)
+
+    def _norms_at(self, slot: Slot, member: Any) -> Tensor:
+        """Of one member, whose dense matrix is read where it lies."""
+        assert self._squared is not None
+        weight = self.scratch[slot.rows, : self.K]
+        if isinstance(member.base, Tensor):
+            weight = member.base.detach().to(weight.dtype)
+        A, sB = self.A[slot.ranks], self.sB[slot.rows, slot.ranks]
+        return adapted_norms(weight, A, sB, self._squared[slot.rows])
+
+    def output_parts(self, y: Tensor) -> Outputs:
+        """Y [n, N] by members, where a gradient of magnitudes will ask for it."""
+        return [y[:, slot.rows] for slot in self.slots] if self.is_dora else None
 
     # -- the two directions ----------------------------------------------------------------------
 
@@ -170,12 +239,21 @@ class Stack:
         return dx
 
     def factor_gradients(
-        self, dy: Tensor, x: Tensor, low: Tensor, masks: Masks, wanted: Wanted
+        self,
+        dy: Tensor,
+        x: Tensor,
+        low: Tensor,
+        masks: Masks,
+        wanted: Wanted,
+        outputs: Outputs = None,
     ) -> list[Factors]:
-        """(dA, dB) of each member, where wanted, of a spread dy [T, N + R]; x [T, K or more]."""
+        """(dA, dB, dm) of each member, where wanted, of a spread dy [T, N + R]; x [T, K or more].
+
+        outputs: of the forward, read for dm.
+        """
         x, v = x[:, : self.K], dy[:, self.N :]
         loras = [member.lora_slot for member in self.members]
-        any_dA, any_dB = (any(want[i] for want in wanted) for i in (0, 1))
+        any_dA, any_dB, _ = (any(want[i] for want in wanted) for i in (0, 1, 2))
         dA = dB = None
         if any_dA and masks is None:
             dA = sum_over_rows(v, x, _dtype_of([lora.A for lora in loras if lora]))
@@ -183,15 +261,21 @@ class Stack:
             dB = sum_over_rows(dy[:, : self.N], low, _dtype_of([lora.B for lora in loras if lora]))
         factors: list[Factors] = []
         for index, (lora, slot) in enumerate(zip(loras, self.slots, strict=True)):
-            need_dA, need_dB = wanted[index]
-            own_dA = own_dB = None
+            need_dA, need_dB, need_dm = wanted[index]
+            own_dA = own_dB = dm = None
             if need_dA and dA is not None:
                 own_dA = dA[slot.ranks]
             elif need_dA and masks is not None:
                 own_dA = sum_over_rows(v[:, slot.ranks], _dropped(x, masks[index]), lora.A.dtype)
             if need_dB and dB is not None:
                 own_dB = dB[slot.rows, slot.ranks] * lora.scale
-            factors.append((own_dA, own_dB))
+                if self.gains is not None:
+                    own_dB *= self.gains[slot.rows, None]
+            if need_dm:
+                assert outputs is not None
+                m, bias = lora.magnitude.m, self.members[index].bias
+                dm = magnitude_gradient(dy[:, slot.rows], outputs[index], bias, m)
+            factors.append((own_dA, own_dB, dm))
         return factors
 
 

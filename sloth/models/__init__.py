@@ -1,9 +1,10 @@
 """Architectures: one file each. `ARCHITECTURES` maps config.json's model_type to (config, decoder).
 
-How to add one:
+How to add one (the tests name each step that is left out):
 
 1. Copy the nearest `<arch>.py` whole. Files here repeat each other on purpose: a reader learns an
-   architecture from one file, and none is changed by another.
+   architecture from one file, and none is changed by another. No shared code asks which family it
+   serves (`tests/test_families.py`); what differs is said by the family's config, specs and wiring.
 2. Config: the fields the mathematics depends on, under config.json's names. `from_hf` reads each
    key through `KeyReader`, which refuses every key nobody asked for: `take` where null means the
    default, `take_nullable` where null means off, `expect` where only one value is computed.
@@ -14,11 +15,18 @@ How to add one:
    shell also offers `Embedding(scale=...)`, `RMSNorm(offset=1.0)` for weights stored less one,
    `Decoder.final_softcap` and `ops.attention(..., softcap)`.
 4. A line in `ARCHITECTURES`; a file that serves several model types sets `model_type` from the
-   config.
+   config. A multimodal model whose text tower this is: a line in `sloth.formats.wrapper.WRAPPERS`.
 5. `tests/models/test_<arch>.py`: a subclass of `tests.models.common.ArchitectureTests` with tiny
-   configs that switch every feature on. It compares with Hugging Face bit for bit, because a wrong
-   order of casts hides below any tolerance.
-6. When it should be fast: its fused twin under `sloth/kernels/`, with a line in `dispatch.TWINS`.
+   configs that switch every feature on, and its name in `tests/models/families.py`, which brings
+   it to the tests of twins, 4-bit folders and PEFT adapters. The comparison with Hugging Face is
+   bit for bit, because a wrong order of casts hides below any tolerance.
+6. Its fused twin under `sloth/kernels/`: a `WIRING` that says which norms stand where and a
+   `block`, both another family's in a line where the wiring is the same; and a line in
+   `dispatch.TWINS`. Until then the model runs at the `ops` level, and says so.
+7. GGUF files: a row in `sloth.formats.gguf_archs`, and tiny sizes in
+   `tests.tiny_configs.GGUF_TYPES`. Without a row such files are refused by name.
+8. Names people know it by in `tools/models_table.py`; `python -m tools.models_table --write` puts
+   its row into the README, and `python -m tools.proof_table` shows what is proved of it.
 """
 
 from collections.abc import Callable

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sloth.embedding import Embedding, TokenRows
 from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.dispatch import Level, ops_of, twin_of
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
+from sloth.kernels.ops.lora_linear import gains_of
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
@@ -43,25 +45,6 @@ class RMSNorm(OpModule):
     def add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm(residual + delta), residual + delta)."""
         return self.ops.add_rms_norm(delta, residual, self.weight, self.eps, self.offset)
-
-
-class Embedding(OpModule):
-    """Rows of `weight` [V, D] picked by token id, times `scale` rounded to the weight's dtype.
-
-    Gemma was trained with the rounded factor: sqrt(3072) = 55.4 is 55.5 in bf16.
-    """
-
-    def __init__(self, num_embeddings: int, dim: int, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_embeddings, dim))
-        self.scale = scale
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = nn.functional.embedding(tokens, self.weight)
-        if self.scale == 1.0:
-            return rows
-        scale = torch.tensor(self.scale, dtype=torch.float32, device="cpu")
-        return rows * scale.to(rows.dtype).item()
 
 
 class Stack(nn.Module):
@@ -108,14 +91,19 @@ class Decoder(OpModule):
         """Whether the head uses the embedding matrix."""
         return self.lm_head is None
 
-    def untie(self) -> None:
-        """Give the head a matrix of its own, equal to the embedding's; for training one apart."""
+    def untie(self, share: bool = False) -> None:
+        """Give the head a matrix of its own, equal to the embedding's; for training one apart.
+
+        share: in the same memory, where neither is trained but by an adapter.
+        """
         if self.lm_head is not None:
             return
         vocabulary, dim = self.model.embed_tokens.weight.shape
-        head = Linear(dim, vocabulary)
+        with torch.device("meta"):
+            head = Linear(dim, vocabulary)
         weight = self.model.embed_tokens.weight
-        head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        values = weight.detach() if share else weight.detach().clone()
+        head.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
         head.ops = self.ops
         head.train(self.training)
         self.lm_head = head
@@ -152,6 +140,8 @@ class Decoder(OpModule):
             logits = nn.functional.linear(hidden, self.model.embed_tokens.weight)
         else:
             logits = self.lm_head(hidden)
+        if self._trained_rows is not None:
+            logits = self._trained_rows.logits(hidden, logits)
         if self.final_softcap is None:
             return logits
         return torch.tanh(logits / self.final_softcap) * self.final_softcap
@@ -175,32 +165,64 @@ class Decoder(OpModule):
         of a document is never a target, so packed documents give the loss they give apart.
         num_trained: the divisor, when a step spans several calls.
         """
-        device = self.device
-        targets = nn.functional.pad(labels.to(device)[:, 1:], (0, 1), value=IGNORED)
-        if positions is not None:
-            starts = torch.as_tensor(positions, device=device).expand_as(labels) == 0
-            targets[:, :-1].masked_fill_(starts[:, 1:], IGNORED)
-        targets = targets.flatten()
+        targets = self._targets(labels, positions)
         rows = TrainedRows(targets)
         hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
         return self.ops.linear_cross_entropy(
             hidden.flatten(0, 1), weight, targets, num_trained, self.final_softcap, rows
         )
 
+    def logprobs(
+        self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """log p(labels[t + 1] | tokens up to t), fp32 [B, T - 1]; labels: the tokens themselves.
+
+        0 where a label is -100, and at the first token of a document: there nothing is computed.
+        """
+        targets = self._targets(tokens if labels is None else labels, positions)
+        rows = TrainedRows(targets)
+        hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
+        log_probs = self.ops.linear_log_probs(
+            hidden.flatten(0, 1), weight, targets, self.final_softcap, rows
+        )
+        return log_probs.view(tokens.shape)[:, :-1]
+
+    def _targets(self, labels: Tensor, positions: Tensor | None) -> Tensor:
+        """What each of the B T positions predicts; -100 for nothing."""
+        targets = nn.functional.pad(labels.to(self.device)[:, 1:], (0, 1), value=IGNORED)
+        if positions is not None:
+            starts = torch.as_tensor(positions, device=self.device).expand_as(labels) == 0
+            targets[:, :-1].masked_fill_(starts[:, 1:], IGNORED)
+        return targets.flatten()
+
     def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states and matrix whose product is the logits.
 
-        A head with LoRA is one wider product: h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T.
+        A head with LoRA is one wider product: h W^T + s (h A^T) B^T = [h, s h A^T] [W, B]^T; DoRA
+        multiplies the rows of [W, B].
         """
+        rows = self._trained_rows
         if self.lm_head is None:
-            return hidden, self.model.embed_tokens.weight
+            tied = self.model.embed_tokens.weight
+            return hidden, tied if rows is None else rows.merged(tied)
         weight, lora = self.lm_head.base, self.lm_head.lora
         assert isinstance(weight, Tensor), "the head is never quantized"
         if lora is None:
-            return hidden, weight
+            return hidden, weight if rows is None else rows.merged(weight)
         dropped = nn.functional.dropout(hidden, lora.dropout, self.lm_head.training)
         low = lora.scale * (dropped @ lora.A.to(hidden.dtype).T)
-        return torch.cat((hidden, low), -1), torch.cat((weight, lora.B.to(weight.dtype)), -1)
+        wide = torch.cat((weight, lora.B.to(weight.dtype)), -1)
+        gains = gains_of(weight, lora, weight.dtype)
+        if gains is not None:  # of the magnitudes autograd takes the gradient
+            wide = (wide * gains[:, None]).to(wide.dtype)
+        return torch.cat((hidden, low), -1), wide
+
+    @property
+    def _trained_rows(self) -> TokenRows | None:
+        """Rows of the head that are trained in place of its matrix's: a tied one's embedding's."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.trained_rows
+        return self.lm_head.token_adapter if self.lm_head.lora_enabled else None
 
     def _contexts(
         self, hidden: Tensor, positions: Tensor | None, cache: KVCache | None

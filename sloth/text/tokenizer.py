@@ -1,10 +1,12 @@
 """Text to token ids and back, from the tokenizer files of a Hugging Face folder.
 
-tokenizer.json is run by `tokenizers`; without it tokenizer.model is run by `sentencepiece`, with
-the added and control tokens found in the text first. tokenizer_config.json, special_tokens_map.json
-and generation_config.json name the special tokens and where generation stops; the chat template is
-chat_template.jinja, or stands in tokenizer_config.json as a text or a list of named ones. Every
-file read is kept and written again by `save`."""
+tokenizer.json is run by `tokenizers`; without it tekken.json is brought into its form, and
+tokenizer.model is run by `sentencepiece`, with the added and control tokens found in the text
+first. tokenizer_config.json, special_tokens_map.json and generation_config.json name the special
+tokens and where generation stops; the chat template is chat_template.jinja, or stands in
+tokenizer_config.json as a text or a list of named ones. Every file read is kept and written again
+by `save`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from sloth.errors import TokenizerMissing, UnsupportedConfig
+from sloth.text.added import with_added_tokens
 from sloth.text.chat import ChatTemplate
 from sloth.text.sentencepiece_model import SentencePieceTokenizer
+from sloth.text.tekken import SPECIAL_TOKENS, tokenizer_json_of_tekken
 
+_VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 FILE_NAMES = (
     "tokenizer.json",
+    "tekken.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -65,8 +71,10 @@ class Tokenizer:
         self._files = dict(files)
         config = self._json("tokenizer_config.json")
         generation = self._json("generation_config.json")
-        self.special_tokens = _special_tokens(config, self._json("special_tokens_map.json"))
-        self._backend = self._build(config)
+        vocabulary = next(name for name in _VOCABULARIES if name in self._files)
+        given = SPECIAL_TOKENS if vocabulary == "tekken.json" else {}
+        self.special_tokens = given | _special_tokens(config, self._json("special_tokens_map.json"))
+        self._backend = self._build(vocabulary, config)
         self.vocab_size = self._backend.num_tokens
         self.bos_id = self._special_id("bos", generation)
         self.eos_id = self._special_id("eos", generation)
@@ -77,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read a folder. Raises TokenizerMissing if it has no tokenizer.json or tokenizer.model."""
+        """Read a folder. Raises TokenizerMissing if no file in it holds a vocabulary."""
         folder = Path(path)
         found = {name: folder / name for name in FILE_NAMES if (folder / name).is_file()}
         for file in sorted((folder / _MORE_TEMPLATES).glob("*.jinja")):
@@ -95,9 +103,9 @@ class Tokenizer:
 
     @classmethod
     def _checked(cls, files: dict[str, bytes], where: str) -> Tokenizer:
-        if "tokenizer.json" not in files and "tokenizer.model" not in files:
+        if not any(name in files for name in _VOCABULARIES):
             raise TokenizerMissing(
-                f"{where} has neither tokenizer.json nor tokenizer.model; copy the base model's"
+                f"{where} has none of {', '.join(_VOCABULARIES)}; copy the base model's"
             )
         return cls(files)
 
@@ -152,6 +160,14 @@ class Tokenizer:
         assert isinstance(self._backend, SentencePieceTokenizer)
         return self._backend
 
+    def with_tokens(self, tokens: Sequence[str], special: bool = False) -> Tokenizer:
+        """A tokenizer that has these new tokens as well; see `Model.add_tokens`."""
+        source = self.source()
+        vocabulary = source if isinstance(source, dict) else None
+        return Tokenizer(
+            with_added_tokens(self._files, vocabulary, self.vocab_size, tokens, special)
+        )
+
     def fingerprint(self) -> str:
         """sha256 over every file the tokenizer came from."""
         digest = hashlib.sha256()
@@ -180,11 +196,13 @@ class Tokenizer:
             raise UnsupportedConfig(f"{name} holds a {type(content).__name__}, expected an object")
         return content
 
-    def _build(self, config: dict[str, Any]) -> _Backend:
+    def _build(self, vocabulary: str, config: dict[str, Any]) -> _Backend:
         added = _added_tokens(config)
-        if "tokenizer.json" in self._files:
-            special = list(self.special_tokens.values())
-            return _JsonTokenizer(self._json("tokenizer.json"), added, special)
+        if vocabulary != "tokenizer.model":
+            content = self._json(vocabulary)
+            if vocabulary == "tekken.json":
+                content = tokenizer_json_of_tekken(content)
+            return _JsonTokenizer(content, added, list(self.special_tokens.values()))
         for token, index in self._json("added_tokens.json").items():
             added.setdefault(index, AddedToken(token, normalized=False))
         return SentencePieceTokenizer(

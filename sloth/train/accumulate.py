@@ -1,13 +1,14 @@
 """The gradients of one optimizer step, added up over forward passes; smaller passes when memory
 runs out.
 
-    loss = sum over passes of (CE summed over the pass's trained tokens / those of the whole step)
+    loss = sum over passes of (losses of the pass, summed / the count of them in the whole step)
 
-As each pass is divided by the count of the whole step, the sum does not depend on how its rows are
-split. So on torch.OutOfMemoryError the half-made gradients are dropped, the generators put back,
-the rows of a pass halved for the rest of the run, and the step is done again: the same rows and
-tokens, the same loss up to the order of sums (dropout draws in other shapes, so with it another
-sample of the same distribution). Weights were not touched yet, so nothing is lost.
+As each pass is divided by the count of the whole step (trained tokens, or pairs), the sum does not
+depend on how its rows are split. So on torch.OutOfMemoryError the half-made gradients are dropped,
+the generators put back, the rows of a pass halved for the rest of the run, and the step is done
+again: the same rows and tokens, the same loss up to the order of sums (dropout draws in other
+shapes, so with it another sample of the same distribution). Weights were not touched yet, so
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from torch import Tensor
 from sloth.data.dataset import Batch
 from sloth.errors import OutOfMemory
 from sloth.train.checkpoint import rng_tensors, set_rng
-from sloth.train.ranks import Ranks
+from sloth.train.objectives import Objective
+from sloth.train.ranks import Number, Ranks
 
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What a step's passes came to; the gradients are where backward leaves them."""
+    """What a step's passes came to; the gradients are where backward leaves them. metrics: what
+    the objective measures beside the loss, in its order.
+    """
 
     loss: Tensor
+    metrics: list[Number]
     num_tokens: int
     num_trained: int
 
@@ -37,20 +42,20 @@ class Accumulated:
 class Accumulator:
     """Runs a step's passes. `rows_per_pass` falls by halves and never rises.
 
-    ranks: who shares the rows of a step. batch_of: rows -> Batch. loss_of: (batch, trained tokens
-    of the step) -> scalar. forget: drop all gradients.
+    ranks: who shares the rows of a step. batch_of: rows -> Batch. objective: what is minimised.
+    forget: drop all gradients.
     """
 
     def __init__(
         self,
         ranks: Ranks,
         batch_of: Callable[[list[int]], Batch],
-        loss_of: Callable[[Batch, int], Tensor],
+        objective: Objective,
         forget: Callable[[], None],
         notice: Callable[[str], None],
         rows_per_pass: int,
     ) -> None:
-        self.ranks, self.batch_of, self.loss_of = ranks, batch_of, loss_of
+        self.ranks, self.batch_of, self.objective = ranks, batch_of, objective
         self.rows_per_pass = rows_per_pass
         self._forget, self._notice, self._device = forget, notice, ranks.device
 
@@ -61,18 +66,23 @@ class Accumulator:
 
         def count() -> list[float]:
             counted.extend(self._batches(own))
-            trained = sum(batch.num_trained for batch in counted)
-            return [trained, sum(batch.num_tokens for batch in counted)]
+            num_tokens = sum(batch.num_tokens for batch in counted)
+            num_trained = sum(batch.num_trained for batch in counted)
+            return [num_tokens, num_trained, *self.objective.sizes(counted)]
 
-        num_trained, num_tokens = map(int, self.ranks.agree(count, 2))
-        (loss,) = self.ranks.agree(lambda: [self._backward(own, counted, num_trained)], 1)
-        return Accumulated(torch.as_tensor(loss, device=self._device), num_tokens, num_trained)
+        numbers = self.ranks.agree(count, 2 + len(self.objective.sizes([])))
+        num_tokens, num_trained, *sizes = map(int, numbers)
+        loss, *metrics = self.ranks.agree(
+            lambda: list(self._backward(own, counted, sizes)), 1 + len(self.objective.metrics)
+        )
+        loss = torch.as_tensor(loss, device=self._device)
+        return Accumulated(loss, metrics, num_tokens, num_trained)
 
-    def _backward(self, rows: list[int], batches: list[Batch], num_trained: int) -> Tensor:
+    def _backward(self, rows: list[int], batches: list[Batch], sizes: list[int]) -> Tensor:
         generators = rng_tensors(self._device)
         while True:
             try:
-                return self._passes(batches, num_trained)
+                return self._passes(batches, sizes)
             except torch.OutOfMemoryError as error:
                 why = str(error).split(". ")[0]
             # Out of the except block: the traceback held the frames, and those the activations.
@@ -85,12 +95,12 @@ class Accumulator:
         size = self.rows_per_pass
         return [self.batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _passes(self, batches: list[Batch], num_trained: int) -> Tensor:
-        total = torch.zeros((), device=self._device)
+    def _passes(self, batches: list[Batch], sizes: list[int]) -> Tensor:
+        total = torch.zeros(1 + len(self.objective.metrics), device=self._device)
         for batch in batches:
-            loss = self.loss_of(batch, num_trained)
-            loss.backward()
-            total = total + loss.detach()
+            measured = self.objective.measure(batch, sizes)
+            measured[0].backward()
+            total = total + measured.detach()
         return total
 
     def shrink(self, why: str) -> None:

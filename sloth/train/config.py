@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from sloth.data.settings import ROW_FIELDS, OnLong, TrainOn
 from sloth.lora_config import LoraConfig
@@ -21,6 +28,7 @@ from sloth.names import refuse_unknown
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+ObjectiveName = Literal["sft", "dpo", "orpo"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 MAX_CONFIG_BYTES = 64 * 1024
@@ -53,6 +61,11 @@ _ELSEWHERE = {
     "neftune_noise_alpha": "neftune",
     "early_stopping_patience": "patience",
     "load_best_model_at_end": "load_best",
+    "rl": "objective",
+    "loss_type": "objective",
+    "rl_beta": "beta",
+    "dpo_beta": "beta",
+    "orpo_alpha": "beta",
 }
 
 # What `allow_change` knows beside settings: what else a checkpoint holds of its run.
@@ -99,6 +112,15 @@ class TrainConfig(BaseModel):
         default=None,
         description="Which column holds which field, as in prompt question completion answer.",
     )
+    skip_bad: bool = Field(
+        default=False,
+        description="Leave malformed rows out and count them, rather than refuse the data.",
+    )
+    objective: ObjectiveName = Field(
+        default="sft",
+        description="sft (learn the rows), dpo or orpo (prefer chosen to rejected answers).",
+    )
+    beta: float = Field(default=0.1, gt=0, description="dpo, orpo: how much a preference weighs.")
     lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     schedule: Schedule = Field(default="linear", description="Learning rate after warm-up.")
     warmup_steps: int = Field(
@@ -166,6 +188,9 @@ class TrainConfig(BaseModel):
     lora: LoraConfig | None = Field(default=None, description="Adapter to attach before training.")
     quant: Literal["nf4"] | None = Field(default=None, description="Load the model in 4 bits.")
 
+    # Of the settings that were given: where. See `origins`.
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="before")
     @classmethod
     def _known_names(cls, values: Any) -> Any:
@@ -179,7 +204,7 @@ class TrainConfig(BaseModel):
     @field_validator(
         *("max_steps", "epochs", "batch_size", "grad_accum", "max_length", "lr", "warmup_steps"),
         *("weight_decay", "clip", "seed", "eval_steps", "save_steps", "max_bad_steps"),
-        *("embedding_lr", "lora_plus", "neftune", "patience", "sample_tokens"),
+        *("embedding_lr", "lora_plus", "neftune", "patience", "sample_tokens", "beta"),
         mode="before",
     )
     @classmethod
@@ -205,8 +230,23 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"{name}={getattr(self, name)} has no effect without eval_data")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError(f"patience={self.patience} has no effect without eval_steps")
-        default = type(self).model_fields["sample_tokens"].default
-        if self.sample_tokens != default and not self.sample_prompts:
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        if self.pairs:
+            for name in ("packing", "train_on"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect with "
+                        f"objective={self.objective!r}: pairs are compared one by one, on their "
+                        "answers"
+                    )
+            if self.on_long == "split":
+                raise ValueError(
+                    f"on_long='split' cannot be with objective={self.objective!r}: half an answer "
+                    "is preferred to nothing; choose truncate, drop or error"
+                )
+        elif self.beta != defaults["beta"]:
+            raise ValueError(f"beta={self.beta:g} has no effect with objective={self.objective!r}")
+        if self.sample_tokens != defaults["sample_tokens"] and not self.sample_prompts:
             raise ValueError(
                 f"sample_tokens={self.sample_tokens} has no effect without sample_prompts"
             )
@@ -218,6 +258,26 @@ class TrainConfig(BaseModel):
         known = (*type(self).model_fields, *lora, *FINGERPRINTS)
         refuse_unknown(self.allow_change, known, "setting in allow_change")
         return self
+
+    @property
+    def pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return self.objective != "sft"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings are equal wherever they came from."""
+        return isinstance(other, TrainConfig) and all(
+            getattr(self, name) == getattr(other, name) for name in TrainConfig.model_fields
+        )
+
+    def origins(self) -> dict[str, str]:
+        """Where each setting came from: the name of a file, flag, argument, or default."""
+        return {
+            name: self._origins.get(
+                name, "argument" if name in self.model_fields_set else "default"
+            )
+            for name in TrainConfig.model_fields
+        }
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON types, less an evaluation on rows that were given in memory."""
@@ -237,20 +297,32 @@ def load_config(
     Raises ValueError for a file that cannot be read as settings.
     """
     values = read_yaml(Path(path)) if path is not None else {}
+    origins = dict.fromkeys(values, Path(path).name) if path is not None else {}
     for name, value in (overrides or {}).items():
         below = values.get(name)
         if name == "lora" and isinstance(below, Mapping) and isinstance(value, Mapping):
             value = {**below, **value}
         values[name] = value
-    return TrainConfig(**values)
+        origins[name] = "argument"
+    return _from(origins, TrainConfig(**values))
 
 
-def with_overrides(config: TrainConfig | None, overrides: Mapping[str, Any]) -> TrainConfig:
-    """`config` (or the defaults) with some settings replaced, validated again."""
+def with_overrides(
+    config: TrainConfig | None, overrides: Mapping[str, Any], origin: str = "argument"
+) -> TrainConfig:
+    """`config` (or the defaults) with some settings replaced, validated again. origin: where those
+    came from.
+    """
     base = config or TrainConfig()
-    return TrainConfig(
-        **{**{name: getattr(base, name) for name in TrainConfig.model_fields}, **overrides}
-    )
+    given = {name: getattr(base, name) for name in TrainConfig.model_fields}
+    kept = {name: where for name, where in base.origins().items() if where != "default"}
+    origins = {**dict.fromkeys(given, "default"), **kept, **dict.fromkeys(overrides, origin)}
+    return _from(origins, TrainConfig(**{**given, **overrides}))
+
+
+def _from(origins: dict[str, str], config: TrainConfig) -> TrainConfig:
+    config._origins.update(origins)
+    return config
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from sloth.data.dataset import describe_row
+from sloth.data.show import describe_first_row
 from sloth.formats.tensor_file import num_bytes
 from sloth.train.optim import kind_of, rate_scales
 
@@ -28,13 +28,15 @@ def announce(
     """What a person should see before the first step."""
     if trainer.state.attached:
         notice(trainer.state.attached)
+    if trainer.config.pairs:
+        notice(f"objective: {_objective(trainer)}")
     notice(f"data: {trainer.data.summary()}")
     for warning in trainer.data.counts.warnings():
         notice(f"WARNING: {warning}")
     if trainer.eval_data:
         notice(f"eval data: {trainer.eval_data.counts.summary()}")
     notice("first row, trained parts in [+ +]:")
-    notice(describe_row(trainer.data.examples[0], trainer.model.tokenizer))
+    notice(describe_first_row(trainer.data, trainer.model.tokenizer))
     notice(
         f"training {_parameters(trainer)} for {trainer.plan.num_steps} steps; output in {output}"
     )
@@ -59,6 +61,7 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
     return {
         "model": f"{model.name}, {'NF4' if model.is_quantized else 'dense'} on {model.device}",
         "kernel level": f"{model.level}: {model.level_reason}",
+        "objective": _objective(trainer),
         "data": trainer.data.summary(),
         "steps": f"{plan.num_steps} of {plan.rows_per_step} rows ({config.batch_size} a pass, "
         f"{config.grad_accum} passes), {plan.epoch(plan.num_steps):.3g} epochs",
@@ -72,6 +75,16 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
         "resume": resume if config.resume else "no",
         "trackers": ", ".join(config.trackers) or "none",
     }
+
+
+def _objective(trainer: Trainer) -> str:
+    config = trainer.config
+    if not config.pairs:
+        return config.objective
+    reference = ""
+    if trainer.objective.needs_adapter:
+        reference = f"; the reference is {trainer.model.name} with its adapter off"
+    return f"{config.objective}, beta {config.beta:g}{reference}"
 
 
 def _parameters(trainer: Trainer) -> str:

@@ -1,7 +1,7 @@
 """Held-out loss, perplexity and answers to fixed prompts; what is best so far, and when to stop.
 
-    eval loss = sum of CE over the trained tokens of all held-out rows / their number
-    perplexity = exp(eval loss)
+    eval loss = what training minimises, over all held-out rows at once
+    perplexity = exp(eval loss), where that is a mean over tokens
 
 Never needs more memory than training: no gradients, so no activations are kept; the loss is the
 training's own, which holds no logits; and a pass reads no more padded tokens than training's
@@ -41,12 +41,13 @@ def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
 
 
 @torch.no_grad()
-def summed_loss(
-    batches: Sequence[list[int]], loss_of: Callable[[list[int]], Tensor], network: nn.Module
-) -> float:
-    """The losses of all passes, added up; each is already divided by the tokens of all."""
+def summed(
+    batches: Sequence[list[int]], measure: Callable[[list[int]], Tensor], network: nn.Module
+) -> list[float]:
+    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass."""
     with evaluating(network):
-        return math.fsum(loss_of(rows).item() for rows in batches)
+        measured = [measure(rows).tolist() for rows in batches]
+        return [math.fsum(shares) for shares in zip(*measured, strict=True)]
 
 
 @contextmanager

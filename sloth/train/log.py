@@ -25,11 +25,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from sloth.train.callbacks import Callback
+from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
 from sloth.train.redact import Redactor
 
 GIB = 2**30
 MAX_PLAIN_LINES = 100
+SPARKLINE_WIDTH = 60
+MIN_EPOCH_STEPS = 8  # a curve of fewer says nothing that their lines do not
+SMOOTHING = 0.9  # weight of the past in the loss that is shown beside a step's own
 SHOWN_CHARACTERS = 300
 
 
@@ -59,6 +63,8 @@ class RunLog:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
+        self._smoothed, self._smoothed_weight = 0.0, 0.0
+        self._epoch_losses: list[float] = []
 
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
@@ -105,9 +111,11 @@ class RunLog:
     def step(self, record: StepRecord) -> None:
         """Report an optimizer step."""
         values = {**asdict(record), "tokens_per_second": record.tokens_per_second}
+        values |= values.pop("metrics")
         if record.rows is None:
             del values["rows"]
         self._write({"event": "step", **values})
+        self._smooth(record.loss)
         line = self._line(record)
         if record.skipped:
             self.notice(f"{line}  SKIPPED: gradient or loss is not finite; rows {record.rows}")
@@ -119,19 +127,22 @@ class RunLog:
                 self.notice(line)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=record.step, description=line)
-
+        self._end_epoch(record)
         for callback in self.callbacks:
             callback.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
         """Report a loss on held-out rows and answers to the prompts."""
         values: dict[str, Any] = {"event": "eval", "step": record.step}
-        if record.loss is not None and record.perplexity is not None:
-            values |= {"eval_loss": record.loss, "perplexity": record.perplexity}
+        if record.loss is not None:
+            measured = {f"eval_{name}": value for name, value in record.metrics.items()}
+            if record.perplexity is not None:
+                measured["perplexity"] = record.perplexity
+            values |= {"eval_loss": record.loss, **measured}
             best = "  (best so far)" if record.is_best else ""
             self.notice(
-                f"step {record.step}/{self.num_steps}  eval loss {record.loss:.4f}  "
-                f"perplexity {record.perplexity:.4g}{best}"
+                f"step {record.step}/{self.num_steps}  eval loss {record.loss:.4f}"
+                f"{_shown(measured)}{best}"
             )
         if record.samples:
             values["samples"] = [{"prompt": p, "answer": a} for p, a in record.samples]
@@ -140,6 +151,33 @@ class RunLog:
         self._write(values)
         for callback in self.callbacks:
             callback.evaluation(record)
+
+    def curve(self, losses: Sequence[float], said: str = "loss") -> None:
+        """The losses as one line of blocks, between the means of the first and the last tenth."""
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if not finite:
+            return
+        tenth = max(1, len(finite) // 10)
+        first, last = (math.fsum(part) / tenth for part in (finite[:tenth], finite[-tenth:]))
+        has_blocks = "utf" in self.console.encoding.lower()
+        line = sparkline(losses, SPARKLINE_WIDTH, BLOCKS if has_blocks else ASCII_BLOCKS)
+        self.notice(f"{said} {first:.4f} {line} {last:.4f}")
+
+    def _end_epoch(self, record: StepRecord) -> None:
+        """The curve of an epoch of some length, once its last row was read."""
+        self._epoch_losses.append(record.loss)
+        share = record.epoch / record.step  # of an epoch, in a step
+        ended = math.floor(record.epoch + share / 1e6)
+        if ended > math.floor(record.epoch - share + share / 1e6):
+            if len(self._epoch_losses) >= MIN_EPOCH_STEPS and record.step < self.num_steps:
+                self.curve(self._epoch_losses, f"epoch {ended}  loss")
+            self._epoch_losses = []
+
+    def _smooth(self, loss: float) -> None:
+        """Exponential mean, free of its start's zero; a loss that is not finite is left out."""
+        if math.isfinite(loss):
+            self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
+            self._smoothed_weight = SMOOTHING * self._smoothed_weight + 1 - SMOOTHING
 
     def saved(self, step: int, folder: Path) -> None:
         """Tell the callbacks of a checkpoint."""
@@ -150,9 +188,13 @@ class RunLog:
         done = record.step - self.first_step
         elapsed = time.monotonic() - self._began
         eta = elapsed / max(done, 1) * (self.num_steps - record.step)
+        smoothed = self._smoothed / self._smoothed_weight if self._smoothed_weight else math.nan
         return (
-            f"step {record.step}/{self.num_steps}  loss {record.loss:.4f}  lr {record.lr:.2e}  "
-            f"grad {record.grad_norm:.3f}  {record.tokens_per_second:.0f} tok/s  "
+            f"step {record.step}/{self.num_steps}  epoch {record.epoch:.2f}  "
+            f"loss {record.loss:.4f} (smoothed {smoothed:.4f})"
+            f"{_shown(record.metrics)}  lr {record.lr:.2e}  "
+            f"grad {record.grad_norm:.3f}  {record.tokens_per_second:.0f} tok/s, "
+            f"{record.trained_tokens}/{record.tokens} trained  "
             f"{record.memory_bytes / GIB:.2f} GiB  ETA {_clock(eta)}"
         )
 
@@ -207,6 +249,10 @@ def _one_line(text: str) -> str:
     """On one line, control characters escaped, cut to a screenful."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return f"{shown[:SHOWN_CHARACTERS]}..." if len(shown) > SHOWN_CHARACTERS else shown
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
 
 
 def _clock(seconds: float) -> str:

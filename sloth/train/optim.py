@@ -29,6 +29,14 @@ EPS = 1e-8
 # Smaller tensors keep 32-bit moments: they are few bytes and the noisiest (the library's default).
 MIN_8BIT_SIZE = 4096
 
+_OF_VOCABULARY = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "trainable_tokens_delta",
+    "lora_embedding_A",
+    "lora_embedding_B",
+)
+
 _FUSED_DEVICES = ("cuda", "cpu")
 
 
@@ -38,11 +46,11 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def kind_of(name: str) -> str:
-    """embedding (input or output matrix over the vocabulary), lora_B, or other."""
+    """embedding (a matrix over the vocabulary, rows of it, LoRA on the input's), lora_B, or
+    other."""
     if ".lora_B." in name:
         return "lora_B"
-    is_embedding = ".lora_" not in name and name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    return "embedding" if is_embedding else "other"
+    return "embedding" if name.endswith(_OF_VOCABULARY) else "other"
 
 
 def rate_scales(config: TrainConfig) -> dict[str, float]:
@@ -106,6 +114,22 @@ def state_bytes(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
         p.numel() * (2 if is_8bit and p.numel() >= MIN_8BIT_SIZE else 2 * p.element_size())
         for p in parameters.values()
     )
+
+
+@torch.no_grad()
+def make_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """AdamW's state before its first step, in full: what lacks the memory for it fails here, with
+    no weight changed yet, and not half-way through an update. 8-bit moments come with the step.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for parameter in parameters.values():
+        state = optimizer.state[parameter]
+        if not state:
+            device = parameter.device if optimizer.defaults["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

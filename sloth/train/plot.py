@@ -1,15 +1,21 @@
-"""The loss curve as a picture: loss.svg written by hand, loss.png where matplotlib is installed."""
+"""The loss curve as a picture: loss.svg written by hand, loss.png where matplotlib is installed;
+and as a line of text.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 WIDTH, HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 20, 30, 45
 _TRAIN, _EVAL, _GRID, _INK = "#3465a4", "#cc4400", "#dddddd", "#333333"
+
+# One-eighth block to full block; and what a terminal without them can show.
+BLOCKS, ASCII_BLOCKS = "".join(map(chr, range(0x2581, 0x2589))), "_.-=+*#@"
 
 Curve = Sequence[tuple[float, float]]
 
@@ -29,6 +35,23 @@ def plot_losses(
         paths["loss_png"] = folder / "loss.png"
         _write_png(paths["loss_png"], train, held_out)
     return paths
+
+
+def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
+    """At most `width` characters, each the mean of its share of the values, lowest to highest as
+    the first to the last of `blocks`. A share without a finite value is a space.
+    """
+    width = min(width, len(values))
+    edges = [len(values) * place // width for place in range(width + 1)] if width else []
+    shares = [
+        [value for value in values[start:end] if math.isfinite(value)]
+        for start, end in pairwise(edges)
+    ]
+    means = [math.fsum(share) / len(share) if share else None for share in shares]
+    known = [mean for mean in means if mean is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if mean is None else blocks[round((mean - low) * scale)] for mean in means)
 
 
 def loss_svg(train: Curve, held_out: Curve) -> str:

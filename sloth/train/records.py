@@ -8,11 +8,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sloth.data.counts import DataCounts
+
 
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step. tokens count what the model read, without padding; skipped: no update;
-    rows: of a skipped step.
+    rows: of a skipped step; metrics: what the objective measures beside its loss.
     """
 
     step: int
@@ -26,6 +28,7 @@ class StepRecord:
     memory_bytes: int
     skipped: bool
     rows: list[int] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -36,18 +39,20 @@ class StepRecord:
 @dataclass(frozen=True)
 class EvalRecord:
     """One look at the model. loss is None when there are prompts but no held-out rows; samples:
-    (prompt, answer).
+    (prompt, answer). has_perplexity: whether the loss is a mean over tokens.
     """
 
     step: int
     loss: float | None
     samples: list[tuple[str, str]] = field(default_factory=list)
     is_best: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    has_perplexity: bool = True
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss); infinite where that overflows."""
-        if self.loss is None:
+        """exp(loss); infinite where that overflows, None where it would mean nothing."""
+        if self.loss is None or not self.has_perplexity:
             return None
         try:
             return math.exp(self.loss)
@@ -84,9 +89,10 @@ class TrainReport:
     """What a run did, from its first step even when it was resumed.
 
     losses: one per optimizer step (NaN where it was not finite). eval_losses: by step. tokens:
-    read by the model; trained_tokens: of those, in the loss. skipped: steps without an update.
-    best_step: of the lowest evaluation loss. stopped_early: patience ran out. paths: output,
-    config, metrics, loss_svg, loss_png (with matplotlib), adapter or model, checkpoint, best.
+    read by the model; trained_tokens: of those, in the loss. data: what became of the rows of the
+    training data. skipped: steps without an update. best_step: of the lowest evaluation loss.
+    stopped_early: patience ran out. paths: output, config, facts (run.json), metrics, loss_svg,
+    loss_png (with matplotlib), adapter or model, checkpoint, best.
     """
 
     losses: list[float]
@@ -94,6 +100,7 @@ class TrainReport:
     seconds: float
     paths: dict[str, Path]
     trained_tokens: int = 0
+    data: DataCounts = field(default_factory=DataCounts)
     skipped: int = 0
     eval_losses: dict[int, float] = field(default_factory=dict)
     best_step: int | None = None

@@ -182,9 +182,17 @@ def _refuse_branching(source: Path | None, output: Path) -> None:
 
 
 def write_settings(config: TrainConfig, output: Path) -> None:
-    """config.yaml of the run, in the form that `--config` reads, without secrets."""
-    text = yaml.safe_dump(Redactor().value(config.plain()), sort_keys=False)
-    (output / "config.yaml").write_text(text, encoding="utf-8")
+    """config.yaml of the run, in the form that `--config` reads, without secrets: settings grouped
+    by where they came from, defaults last.
+    """
+    by_origin: dict[str, dict[str, Any]] = {}
+    for name, value in Redactor().value(config.plain()).items():
+        by_origin.setdefault(config.origins()[name], {})[name] = value
+    blocks = [
+        f"# from {json.dumps(origin)}\n{yaml.safe_dump(by_origin[origin], sort_keys=False)}"
+        for origin in sorted(by_origin, key=lambda origin: origin == "default")
+    ]
+    (output / "config.yaml").write_text("\n".join(blocks), encoding="utf-8")
 
 
 def base_fingerprint(network: nn.Module) -> str:

@@ -12,11 +12,14 @@ The estimate before the run counts what will exist: the parameters and two momen
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sloth.errors import NonFiniteGradients, SaveFailed
+import torch
+
+from sloth.errors import NonFiniteGradients, OutOfMemory, SaveFailed
 from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
 
@@ -89,6 +92,24 @@ class Saver:
         if self.newest is None:
             return "there is no checkpoint yet"
         return f"the last checkpoint, {self.newest}, is good"
+
+    @contextmanager
+    def explaining_out_of_memory(self) -> Iterator[None]:
+        """Inside, memory that runs out ends in OutOfMemory, which says what there is to go back to.
+
+        Where it runs out in forward and backward, smaller passes are tried first (accumulate.py).
+        """
+        try:
+            yield
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; {self.last_words()}") from error
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "memory ran out outside of forward and backward, where smaller passes would not "
+                f"help: {str(error).split('. ')[0]}. Weights in memory may be half updated and "
+                "are not saved. An adapter instead of full training, optimizer='adamw_8bit' or "
+                f"quant='nf4' needs less; {self.last_words()}"
+            ) from error
 
     def finish(self) -> None:
         """Raise SaveFailed when the last save did not succeed."""

@@ -7,6 +7,7 @@ whole, and put back whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from sloth.lora_config import LoraConfig
 from sloth.train import checkpoint
 from sloth.train.config import TrainConfig
 from sloth.train.evaluate import best_step
+from sloth.train.facts import Training
 from sloth.train.masters import Masters
 from sloth.train.optim import (
     build_optimizer,
@@ -45,6 +47,7 @@ class Trainable(Protocol):
     network: Any
     name: str
     revision: str | None
+    training: Training | None
     is_quantized: bool
     level_reason: str
     lora_config: LoraConfig | None
@@ -64,6 +67,10 @@ class Trainable(Protocol):
         positions: Tensor | None = None,
         num_trained: int | Tensor | None = None,
     ) -> Tensor: ...
+    def logprobs(
+        self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor: ...
+    def adapter_off(self) -> AbstractContextManager[None]: ...
     def add_lora(self, config: LoraConfig | None = None) -> Any: ...
     def save_adapter(self, folder: Path) -> Any: ...
     def save_merged(self, folder: Path) -> Any: ...

@@ -35,7 +35,9 @@ class NetworkSizes:
     hidden D, qkv (H + 2 K) E, queries H E, heads H, ffn F, vocab V. ranks: of the stacks qkv, o,
     gate_up and down, padded. element: bytes of an activation. weights: all stored weights but the
     embedding, embedding in bytes; it stays on the device where it is the head too, or is trained.
-    trainable: elements trained. post_norms: whether a norm follows each half.
+    trainable: elements trained. post_norms: whether a norm follows each half. dora: whether the
+    stacks qkv, o, gate_up and down have DoRA's magnitudes. head_gradient: bytes of the gradient of
+    the head's matrix, and of the copy that an adapter on it is computed with; 0 if it is frozen.
     """
 
     num_layers: int
@@ -53,18 +55,27 @@ class NetworkSizes:
     quantized: bool
     trainable: int
     post_norms: bool = False
+    dora: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    head_gradient: int = 0
+
+    @property
+    def stack_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(outputs, inputs) of the stacks qkv, o, gate_up and down."""
+        hidden, ffn = self.hidden, self.ffn
+        return (self.qkv, hidden), (hidden, self.queries), (2 * ffn, hidden), (hidden, ffn)
+
+    @property
+    def stack_scratch(self) -> list[int]:
+        """Bytes of the four scratch matrices of a layer."""
+        return [
+            (outputs + rank) * padded(inputs + rank) * self.element
+            for (outputs, inputs), rank in zip(self.stack_sizes, self.ranks, strict=True)
+        ]
 
     @property
     def layer_scratch(self) -> int:
-        """Bytes of the four scratch matrices of a layer."""
-        q, o, g, d = self.ranks
-        sizes = (
-            (self.qkv + q) * padded(self.hidden + q),
-            (self.hidden + o) * padded(self.queries + o),
-            (2 * self.ffn + g) * padded(self.hidden + g),
-            (self.hidden + d) * padded(self.ffn + d),
-        )
-        return sum(sizes) * self.element
+        """Their sum."""
+        return sum(self.stack_scratch)
 
     @classmethod
     def of(cls, network: Any) -> NetworkSizes:
@@ -72,9 +83,18 @@ class NetworkSizes:
         block, config = network.model.layers[0], network.config
         attention, mlp = block.self_attn, block.mlp
 
-        def rank(*members: Any) -> int:
-            return padded(sum(len(m.lora_A.weight) for m in members if m.has_lora))
-
+        stacks = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        q, o, g, d = (
+            padded(sum(len(m.lora_A.weight) for m in members if m.has_lora)) for members in stacks
+        )
+        q_dora, o_dora, g_dora, d_dora = (
+            any(m.lora_magnitude_vector is not None for m in members) for members in stacks
+        )
         embedding = network.model.embed_tokens.weight
         return cls(
             num_layers=len(network.model.layers),
@@ -84,24 +104,46 @@ class NetworkSizes:
             heads=config.num_attention_heads,
             ffn=mlp.down_proj.in_features,
             vocab=len(embedding),
-            ranks=(
-                rank(attention.q_proj, attention.k_proj, attention.v_proj),
-                rank(attention.o_proj),
-                rank(mlp.gate_proj, mlp.up_proj),
-                rank(mlp.down_proj),
-            ),
+            ranks=(q, o, g, d),
             element=embedding.element_size(),
             weights=_stored_bytes(network) - embedding.nbytes,
             embedding=embedding.nbytes,
-            embedding_stays=network.tied or embedding.requires_grad,
+            embedding_stays=_shares_embedding(network) or embedding.requires_grad,
             quantized=not isinstance(attention.q_proj.base, Tensor),
             trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
             post_norms=len(wiring_of(network.model_type).norms) == 4,
+            dora=(q_dora, o_dora, g_dora, d_dora),
+            head_gradient=_head_gradient(network),
         )
 
 
+def _shares_embedding(network: Any) -> bool:
+    """Whether the head computes from the embedding's memory."""
+    embedding, head = network.model.embed_tokens.weight, network.lm_head
+    if head is None or embedding.is_meta:
+        return network.tied
+    return head.weight.data_ptr() == embedding.data_ptr()
+
+
+def _head_gradient(network: Any) -> int:
+    """The fp32 sum, one chunk's share of it (then the scaled sum), and a copy of W with the rows
+    trained apart, or with B beside it."""
+    head = network.lm_head
+    weight = network.model.embed_tokens.weight if head is None else head.weight
+    rank = 0 if head is None or not head.has_lora else len(head.lora_A.weight)
+    holder = network.model.embed_tokens if head is None else head
+    rows = holder.token_adapter is not None
+    if not (weight.requires_grad or rank or rows):
+        return 0
+    copies = rows or (bool(rank) and 1 + (head.lora_magnitude_vector is not None))
+    wide = max(4, weight.element_size())
+    vocabulary, hidden = weight.shape
+    return vocabulary * (hidden + rank) * (2 * wide + copies * weight.element_size())
+
+
 def _stored_bytes(network: nn.Module) -> int:
-    tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    # By place: a tied head that an adapter stands on is a parameter of its own in the same memory.
+    tensors = {t.data_ptr() or id(t): t for t in (*network.parameters(), *network.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -123,20 +165,28 @@ class StepMemory:
         """Name -> bytes that do not depend on the batch."""
         s = self.sizes
         num_resident = sum(keep.resident for keep in keeps)
-        # Dense weights live in scratch of their own: its padding alone is new.
-        dense_padding = s.num_layers * (s.layer_scratch - self._dense_layer_bytes())
         return {
             "weights": s.weights + (0 if embedding_on_host else s.embedding),
             "gradients and moments": 12 * s.trainable,
-            "scratch": s.layer_scratch if s.quantized else max(dense_padding, 0),
+            "scratch": self._scratch_bytes(),
             "unpacked layers": num_resident * s.layer_scratch,
             "workspaces": _WORKSPACES,
         }
 
-    def _dense_layer_bytes(self) -> int:
-        s = self.sizes
-        weights = s.hidden * (s.qkv + s.queries + 3 * s.ffn)
-        return weights * s.element
+    def _scratch_bytes(self) -> int:
+        """Of matrices unpacked, or copied for DoRA's gains, into what all layers share; other dense
+        ones live in scratch of their own, whose padding alone is new. DoRA: gains, squared norms,
+        and what taking them holds."""
+        s, total = self.sizes, 0
+        parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, strict=True)
+        for (outputs, inputs), rank, scratch, is_dora in parts:
+            if s.quantized or is_dora:
+                total += scratch
+            else:
+                total += s.num_layers * (scratch - outputs * inputs * s.element)
+            if is_dora:
+                total += 4 * outputs * (3 * s.num_layers + 3 * rank)
+        return total
 
     # -- what a layer keeps ----------------------------------------------------------------------
 
@@ -150,8 +200,18 @@ class StepMemory:
     def movable_width(self, keep: Keep) -> int:
         """Elements a token of what may wait in host memory."""
         s = self.sizes
-        width = s.hidden + s.post_norms * s.hidden  # the input; the output of down_proj
+        width = s.hidden + self._keeps_down * s.hidden  # the input; the output of down_proj
         return width + keep.qkv * s.qkv + keep.attention * s.queries + keep.hidden * s.hidden
+
+    @property
+    def _keeps_down(self) -> bool:
+        return self.sizes.post_norms or self.sizes.dora[3]
+
+    @property
+    def _turned_width(self) -> int:
+        """q and k after RoPE beside those before it, which DoRA wants again."""
+        s = self.sizes
+        return s.dora[0] * (s.queries + (s.qkv - s.queries) // 2)
 
     def _lse_bytes(self) -> int:
         return 4 * self.sizes.heads
@@ -166,11 +226,13 @@ class StepMemory:
         kept = keep.qkv * s.qkv + keep.attention * s.queries + q + o
         moments = (
             rows * (padded(s.hidden + q) + s.qkv + q),
-            rows * (s.qkv + s.queries + padded(s.queries + o) + s.hidden + q + o),
+            rows
+            * (s.qkv + self._turned_width + s.queries + padded(s.queries + o) + s.hidden + q + o),
             rows * (kept + 2 * s.hidden + padded(s.hidden + g)),
             rows * (kept + 2 * s.hidden + g + d)
             + tile * (padded(s.hidden + g) + 2 * s.ffn + padded(s.ffn + d))
-            + (tile * s.hidden if tile < rows else 0),
+            + (tile * s.hidden if tile < rows or s.dora[3] else 0)
+            + (rows * s.hidden if s.dora[3] else 0),
         )
         return max(moments) * s.element + rows * self._lse_bytes()
 
@@ -187,20 +249,25 @@ class StepMemory:
             into_h += rows * 2 * s.hidden  # h, which is always made again, and its gradient apart
         to_h = rows * (remade + padded(s.queries + o) + s.hidden)
         mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g) + padded(s.hidden + g)
-        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + s.ffn)
+        # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
+        apart = s.dora[2] * (not keep.up) * 2 * s.ffn
+        remade_h += s.dora[1] * s.hidden
+        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + s.ffn + apart)
         # Attention: do, then dq, dk, dv, and the stacked dqkv.
-        attention = rows * (remade + s.queries + 2 * s.qkv + padded(s.qkv + q)) + into_h
-        end = rows * (padded(s.qkv + q) + 3 * s.hidden) + into_h
+        turned = self._turned_width + s.queries + 2 * s.qkv + padded(s.qkv + q)
+        attention = rows * (remade + turned) + into_h
+        end = rows * (padded(s.qkv + q) + 3 * s.hidden + s.dora[0] * remade) + into_h
         held = max(to_h, mlp, end, attention)
         # What comes back for this layer, and for the next one ahead.
         offloaded = 2 * rows * self.movable_width(keep) if keep.offload else 0
         return (arriving + held + offloaded) * s.element + rows * self._lse_bytes()
 
     def head_bytes(self) -> int:
-        """Final norm, gathered rows, their gradient, a chunk of logits."""
+        """Final norm, gathered rows, their gradient, a chunk of logits, the head's gradient."""
         s = self.sizes
         chunk = max(CHUNK_BYTES, s.vocab * s.element)
-        return 4 * self.rows * s.hidden * s.element + min(chunk, self.rows * s.vocab * s.element)
+        logits = min(chunk, self.rows * s.vocab * s.element)
+        return 4 * self.rows * s.hidden * s.element + logits + s.head_gradient
 
     # -- the peak --------------------------------------------------------------------------------
 

@@ -31,14 +31,18 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
         "train/tokens_per_second": record.tokens_per_second,
         "train/memory_gib": record.memory_bytes / GIB,
         "train/skipped": float(record.skipped),
+        **{f"train/{name}": value for name, value in record.metrics.items()},
     }
 
 
 def eval_metrics(record: EvalRecord) -> dict[str, float]:
     """Names and numbers of an evaluation."""
-    if record.loss is None or record.perplexity is None:
+    if record.loss is None:
         return {}
-    return {"eval/loss": record.loss, "eval/perplexity": record.perplexity}
+    measured = {"loss": record.loss, **record.metrics}
+    if record.perplexity is not None:
+        measured["perplexity"] = record.perplexity
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 class TensorBoard(Callback):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from sloth.train.accumulate import Accumulated, Accumulator
 from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
-from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed_loss
+from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed
+from sloth.train.facts import FILE_NAME, RunFacts, Training
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
-from sloth.train.optim import clip_gradients, gradient_norm, set_learning_rate
+from sloth.train.objectives import objective_of
+from sloth.train.optim import clip_gradients, gradient_norm, make_moments, set_learning_rate
 from sloth.train.plot import plot_losses
-from sloth.train.ranks import Ranks, ranks_of_process
+from sloth.train.ranks import Number, Ranks, ranks_of_process
 from sloth.train.records import EvalRecord, Progress, StepRecord, TrainReport
 from sloth.train.run import (
     check_device,
@@ -73,6 +76,7 @@ class Trainer:
         check_device(config, model.device)
         require_trackers(config.trackers)
         check_optimizer(config)
+        self.objective = objective_of(model, config)
         tokenizer = model.tokenizer
         self.data = load_for(config, data, tokenizer, notice=say)
         held_out = held_out_source(data, config.eval_data)
@@ -110,12 +114,17 @@ class Trainer:
                 with self._new_log(output) as log, StopRequest() as stop:
                     saver = Saver(output, log.notice, log.saved, newest=source)
                     saver.require_room(state.checkpoint_bytes())
+                    facts = RunFacts.of(state, config, self.data, self.eval_data)
                     if self.ranks.is_first:
                         write_settings(config, output)
+                        facts.write(output, source)
                     log.start(config.plain())
                     announce(log.notice, self, output, source, changed)
-                    with state.masters.collecting_gradients():
+                    with state.masters.collecting_gradients(), saver.explaining_out_of_memory():
+                        make_moments(state.optimizer, state.masters.by_name)
                         self._loop(log, saver, stop)
+                    log.curve(self.progress.losses)
+                self.model.training = self._training(facts)
                 return self._finish(output, source, saver)
         finally:
             network.zero_grad(set_to_none=True)
@@ -133,8 +142,7 @@ class Trainer:
 
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
-        accumulator, optimizer = self._accumulator(log), self.state.optimizer
-        parameters = masters.by_name.values()
+        accumulator, parameters = self._accumulator(log), masters.by_name.values()
         self.model.network.train()
         masters.drop_gradients()
         while not self._is_finished():
@@ -146,10 +154,7 @@ class Trainer:
             loss_value, norm_value = torch.stack((added.loss, norm.to(added.loss.dtype))).tolist()
             is_good = math.isfinite(loss_value) and math.isfinite(norm_value)
             if is_good:
-                clip_gradients(parameters, norm, config.clip)
-                set_learning_rate(optimizer, lr)
-                optimizer.step()
-                masters.publish()
+                self.ranks.agree(partial(self._update, norm, lr))
             masters.drop_gradients()
 
             seconds = time.monotonic() - began
@@ -168,6 +173,15 @@ class Trainer:
                 said = f"stopped by {stopping.name} after step {progress.step}"
                 log.notice(f"{said}; {saver.last_words()}, continue with resume")
                 raise Interrupted(stopping, f"{said}; {saver.last_words()}")
+
+    def _update(self, norm: Tensor, lr: float) -> list[float]:
+        """Move the weights along the gradients; no number to add up over ranks."""
+        masters, optimizer = self.state.masters, self.state.optimizer
+        clip_gradients(masters.by_name.values(), norm, self.config.clip)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        masters.publish()
+        return []
 
     @property
     def progress(self) -> Progress:
@@ -209,7 +223,7 @@ class Trainer:
         return Accumulator(
             ranks=self.ranks,
             batch_of=lambda rows: self._batch(self.data, rows),
-            loss_of=self._loss,
+            objective=self.objective,
             forget=self.state.masters.drop_gradients,
             notice=log.notice,
             rows_per_pass=min(self.progress.rows_per_pass or batch_size, batch_size),
@@ -218,40 +232,67 @@ class Trainer:
     def _batch(self, data: Dataset, rows: list[int]) -> Batch:
         return data.batch(rows, self._pad_id, padding_free=self.model.device.type == "cuda")
 
-    def _loss(self, batch: Batch, num_trained: int) -> Tensor:
-        return self.model.loss(batch.tokens, batch.labels, batch.positions, num_trained=num_trained)
-
     def _evaluate(self, log: RunLog, accumulator: Accumulator) -> bool:
         """Held-out loss and answers to the prompts, logged; whether the loss is a new lowest."""
-        progress, loss = self.progress, None
+        progress, loss, metrics = self.progress, None, self._metrics([])
         if self.eval_data is not None:
-            (total,) = self.ranks.agree(lambda: [self._eval_loss(accumulator)], 1)
-            loss = progress.eval_losses[str(progress.step)] = float(total)
+            count = 2 + len(self.objective.metrics)
+            num_short, *sums = self.ranks.agree(lambda: self._eval_sums(accumulator), count)
+            if num_short:
+                log.notice(
+                    "WARNING: no evaluation loss, one held-out row alone does not fit into memory; "
+                    "a smaller max_length cuts it. Training goes on"
+                )
+            else:
+                loss = progress.eval_losses[str(progress.step)] = float(sums[0])
+                metrics = self._metrics(sums[1:])
         improved = loss is not None and best_step(progress.held_out) == progress.step
 
         def answer_and_tell() -> None:
-            prompts, num_tokens = self.config.sample_prompts, self.config.sample_tokens
-            samples = sample_answers(self.model.network, self.model.tokenizer, prompts, num_tokens)
-            log.evaluation(EvalRecord(progress.step, loss, samples, improved))
+            samples, has_perplexity = self._samples(log), self.objective.has_perplexity
+            log.evaluation(
+                EvalRecord(progress.step, loss, samples, improved, metrics, has_perplexity)
+            )
 
         self.ranks.first(answer_and_tell)
         return improved
 
-    def _eval_loss(self, accumulator: Accumulator) -> float:
-        """This rank's share of the mean loss over held-out rows."""
+    def _samples(self, log: RunLog) -> list[tuple[str, str]]:
+        """Answers to the prompts; none where there is no memory for the longest."""
+        prompts, num_tokens = self.config.sample_prompts, self.config.sample_tokens
+        try:
+            return sample_answers(self.model.network, self.model.tokenizer, prompts, num_tokens)
+        except torch.OutOfMemoryError as error:
+            why = str(error).split(". ")[0]
+        log.notice(f"WARNING: samples are left out, memory ran out while generating them ({why})")
+        return []
+
+    def _metrics(self, values: Sequence[Number]) -> dict[str, float]:
+        """What the objective measures beside the loss, by name; nothing without values."""
+        names = self.objective.metrics[: len(values)]
+        return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+    def _eval_sums(self, accumulator: Accumulator) -> list[float]:
+        """1 where a held-out row alone does not fit (it may be longer than those trained on), else
+        0; then this rank's shares of the loss over held-out rows and of the metrics.
+        """
         assert self.eval_data is not None
-        data, num_trained = self.eval_data, self.eval_data.counts.trained_tokens
+        data, sizes = self.eval_data, self.objective.sizes_of(self.eval_data)
+        nothing = [0.0] * (1 + len(self.objective.metrics))
         lengths, longest = data.row_lengths(), max(self.data.row_lengths())
         while True:
             rows = accumulator.rows_per_pass
             try:
-                return summed_loss(
+                sums = summed(
                     self.ranks.share(eval_batches(lengths, rows, rows * longest)),
-                    lambda rows: self._loss(self._batch(data, rows), num_trained),
+                    lambda rows: self.objective.measure(self._batch(data, rows), sizes),
                     self.model.network,
                 )
+                return [0.0, *(sums or nothing)]
             except torch.OutOfMemoryError as error:
-                why = str(error)
+                why = str(error).split(". ")[0]
+            if rows == 1:
+                return [1.0, *nothing]
             accumulator.shrink(why)
 
     def _record(
@@ -285,6 +326,7 @@ class Trainer:
             memory_bytes=memory_bytes(self.model.device),
             skipped=not is_good,
             rows=None if is_good else self.plan.rows(step),
+            metrics=self._metrics(added.metrics),
         )
 
     def _why_stopped(self, saver: Saver) -> str:
@@ -296,6 +338,17 @@ class Trainer:
             "warm-up, or a look at those rows may help"
         )
 
+    def _training(self, facts: RunFacts) -> Training:
+        progress = self.progress
+        return Training(
+            facts,
+            progress.losses,
+            progress.held_out,
+            progress.tokens,
+            progress.trained_tokens,
+            progress.seconds,
+        )
+
     def _publish(self, output: Path, paths: dict[str, Path]) -> None:
         paths |= plot_losses(output, self.progress.losses, self.progress.held_out)
         paths |= publish_weights(self.model, output)
@@ -305,6 +358,7 @@ class Trainer:
         paths = {
             "output": output,
             "config": output / "config.yaml",
+            "facts": output / FILE_NAME,
             "metrics": output / "metrics.jsonl",
         }
         if self.config.load_best:
@@ -320,6 +374,7 @@ class Trainer:
             seconds=progress.seconds,
             paths=paths,
             trained_tokens=progress.trained_tokens,
+            data=self.data.counts,
             skipped=progress.skipped,
             eval_losses=progress.held_out,
             best_step=best,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 
@@ -75,6 +77,7 @@ def changed_vocabulary(file, tokenizer):
         {"max_length": 98},
         {"on_long": "drop"},
         {"train_on": "last"},
+        {"skip_bad": True},
         {"columns": {"messages": "messages"}},
         ("ENCODING_VERSION", 2),
         ("__version__", "9"),
@@ -168,3 +171,72 @@ def test_small_files_lists_and_an_empty_setting_keep_nothing(file, tmp_path, mon
     monkeypatch.setenv("SLOTH_CACHE", "")
     load(file)
     assert not (tmp_path / "cache").exists()
+
+
+# -- room ------------------------------------------------------------------------------------------
+
+
+def entries():
+    return {path.name for path in cache.default_folder().iterdir()}
+
+
+def keep_room_for(monkeypatch, num_bytes):
+    monkeypatch.setenv("SLOTH_CACHE_GIB", repr(num_bytes / cache.GIB))
+
+
+def one_entry(file, max_length, age):
+    """The name of a new entry, read `age` seconds ago and not in use; its bytes."""
+    before = entries() if cache.default_folder().exists() else set()
+    assert load(file, max_length=max_length)[1]
+    (name,) = entries() - before
+    folder = cache.default_folder() / name
+    held_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    at = time.time() - age
+    os.utime(folder / "index.json", (at, at))
+    return name, held_bytes
+
+
+def test_entries_read_longest_ago_go_when_room_runs_out(file, monkeypatch):
+    old, old_bytes = one_entry(file, 96, age=300)
+    older, _ = one_entry(file, 97, age=500)
+    oldest, _ = one_entry(file, 98, age=900)
+    load(file, max_length=98)  # read again: now the newest
+    keep_room_for(monkeypatch, 3.5 * old_bytes)
+    said = []
+    load_data(file, FakeTokenizer(), 99, notice=said.append)
+    assert older not in entries() and {old, oldest} < entries() and len(entries()) == 3
+    assert said[-1].startswith("1 older prepared data sets (0.00 GiB) deleted from ")
+    keep_room_for(monkeypatch, 0)
+    load(file, max_length=95)
+    assert len(entries()) == 1
+
+
+def test_an_entry_in_use_is_not_deleted(file):
+    """A lock belongs to an open file, so another process would meet it as this one does."""
+    fresh, _ = load(file, max_length=96)
+    kept, is_new = load(file, max_length=96)
+    assert not is_new
+    folder = cache.default_folder()
+    assert cache.prune(folder, 0) == (0, 0)
+    del kept
+    assert cache.prune(folder, 0) == (0, 0), "the data set that was made is still there"
+    assert list(fresh.examples)
+    del fresh
+    assert cache.prune(folder, 0)[0] == 1 and entries() == set()
+
+
+def test_what_a_dead_process_left_half_made_goes_after_a_day(file):
+    folder = cache.default_folder()
+    for name in ("a.tmp-1", "b.tmp-2"):
+        (folder / name).mkdir(parents=True)
+    at = time.time() - 2 * 24 * 3600
+    os.utime(folder / "a.tmp-1", (at, at))
+    load(file)
+    assert "a.tmp-1" not in entries() and "b.tmp-2" in entries()
+
+
+@pytest.mark.parametrize("size", ["much", "-1", "nan", "inf"])
+def test_a_size_that_is_none_is_refused(file, monkeypatch, size):
+    monkeypatch.setenv("SLOTH_CACHE_GIB", size)
+    with pytest.raises(ValueError, match=f"SLOTH_CACHE_GIB='{size}': expected a number of GiB"):
+        load(file)

@@ -40,6 +40,17 @@ def test_it_shows_format_lengths_counts_and_one_masked_row(file, capsys):
         assert line in said, line
 
 
+def test_row_31_malformed_rows_are_refused_or_counted_and_named(file, capsys):
+    file.write_text(file.read_text() + '{"text": 1}\n{\n')
+    command = ["data", "check", str(file), "--model", "m"]
+    assert cli.main(command) == 2
+    assert f"{file}:13: text: expected a text" in capsys.readouterr().err
+    assert cli.main([*command, "--skip-bad"]) == 0
+    said = capsys.readouterr().out
+    assert "malformed         2 rows skipped (14.3%)" in said
+    assert f"WARNING: 2 of 14 rows are malformed and left out (14.3%); first {file}:13: " in said
+
+
 def test_its_counts_are_those_of_the_run(file, tmp_path):
     config = TrainConfig(max_length=120, packing=True, output=tmp_path / "run")
     check = check_data(str(file), FakeTokenizer(), config)

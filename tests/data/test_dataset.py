@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sloth import cli
 from sloth.data.check import check_data
-from sloth.data.dataset import StepPlan, _pieces, collate, describe_row, load_data, order
+from sloth.data.dataset import StepPlan, _pieces, collate, load_data, order
 from sloth.data.examples import UNTRAINED, Example
+from sloth.data.show import describe_row
 from sloth.errors import DataError
 from sloth.train.config import load_config
 from sloth.train.trainer import Trainer

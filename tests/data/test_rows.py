@@ -248,6 +248,7 @@ def test_row_27_a_data_set_on_the_hub_is_read_as_parquet_and_nothing_of_it_is_ru
         return str(tmp_path if revision == "refs/convert/parquet" else empty)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("sloth.formats.download.PAUSE_S", 0.0)
     rows = open_rows("hf://datasets/some/one", split="valid")
     assert [row for _, row in rows.read()] == PAIRS
     assert asked == [

@@ -45,7 +45,14 @@ def test_written_config_is_the_conservative_subset(tmp_path):
 
 def test_files_read_back_to_the_same_adapter(tmp_path):
     config = LoraConfig(
-        r=2, alpha=2.5, dropout=0.1, rank_pattern={"q": 1}, alpha_pattern={"q": 4}, use_rslora=True
+        r=2,
+        alpha=2.5,
+        dropout=0.1,
+        rank_pattern={"q": 1},
+        alpha_pattern={"q": 4},
+        use_rslora=True,
+        use_dora=True,
+        trainable_token_indices={"embed_tokens": [1], "lm_head": [2, 1]},
     )
     files = read_adapter(save(tmp_path / "a", config))
     assert files.base_name == "org/base"
@@ -56,13 +63,12 @@ def test_files_read_back_to_the_same_adapter(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(use_dora=True),
         dict(lora_bias=True),
         dict(bias="all"),
         dict(peft_type="IA3"),
         dict(fan_in_fan_out=True),
         dict(target_parameters=["experts"]),
-        dict(trainable_token_indices=[1]),
+        dict(trainable_token_indices={"wte": [1]}),
         dict(target_modules=None),
         dict(modules_to_save=["score"]),
         dict(r=0),
@@ -75,7 +81,7 @@ def test_what_sloth_does_not_compute_is_refused_by_name(tmp_path, change):
 
 def test_unknown_tensors_are_refused(tmp_path):
     folder = save(tmp_path / "a")
-    for name in ("other.weight", f"base_model.model.{Q}.lora_magnitude_vector"):
+    for name in ("other.weight", f"base_model.model.{Q}.lora_B.bias"):
         save_file({name: torch.zeros(1)}, folder / WEIGHTS_NAME)
         with pytest.raises(AdapterMismatch, match="cannot place"):
             read_adapter(folder)

@@ -21,15 +21,16 @@ from sloth.formats.gguf_archs import GGUF_ARCHS, arch_of_model, interleave, unin
 from sloth.formats.gguf_config import hyperparameters
 from sloth.formats.gguf_write import largest_error, model_metadata, plan, write_model
 from tests.formats.gguf_files import byte_level_vocabulary
-from tests.oracles import GGUF_TYPES, hf_gguf_logits, hf_logits, save_tiny
+from tests.oracles import hf_gguf_logits, hf_logits, save_tiny
 from tests.test_lora import randomised
 from tests.text.test_tokenizer import byte_level_folder
+from tests.tiny_configs import GGUF_TYPES
 from tests.tolerance import BF16_WEIGHTS_LOGITS, FP32_CHAIN
 
 VOCAB = 340
 TOKENS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(5))
 # Hugging Face's loader has no row for these; llama files stand for mistral, gemma2 for gemma.
-WITHOUT_HF_LOADER = {"gemma", "smollm3"}
+WITHOUT_HF_LOADER = {"gemma", "ministral3", "smollm3"}
 
 
 def vocabulary() -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_tensors_come_back(folder: Path, file: Path) -> None:
 def test_config_comes_back(folder: Path, file: Path) -> None:
     told = GGUFFile(file).config
     original = json.loads((folder / "config.json").read_text())
-    is_mistral = original["model_type"] == "mistral"
+    is_mistral = original["model_type"] in ("mistral", "ministral")
     for key in told.keys() & original.keys():
         if not (is_mistral and key in ("architectures", "model_type")):
             assert told[key] == original[key], key
@@ -225,7 +226,38 @@ def test_gemma3s_two_rotary_tables_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, says",
     [
+        ({"mscale": 0.7}, "mscale"),
+        ({"mscale": None}, "mscale_all_dim without mscale"),
+        ({"truncate": False}, "truncate"),
+        ({"attention_factor": 1.5}, "attention_factor"),
+        ({"rope_type": "linear"}, "yarn alone"),
+    ],
+)
+def test_ministral3s_scaling_is_refused_where_the_program_would_take_another(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """It takes mscale for 1, and the length from which queries grow for yarn's."""
+    folder = save_tiny("ministral3", tmp_path / "m", vocab_size=VOCAB, num_hidden_layers=1)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"] | changes
+    with pytest.raises(UnsupportedConfig, match=says):
+        write_folder(folder, tmp_path / "m.gguf", rope_parameters=rope)
+
+
+def test_ministral3s_scaling_is_stated_in_the_programs_words(tmp_path: Path) -> None:
+    folder = save_tiny("ministral3", tmp_path / "m", vocab_size=VOCAB, num_hidden_layers=1)
+    fields = gguf.GGUFReader(write_folder(folder, tmp_path / "m.gguf")).fields
+    got = {name: field.contents() for name, field in fields.items()}
+    assert got["general.architecture"] == "mistral3"
+    assert got["mistral3.attention.temperature_scale"] == torch.tensor(0.3).item()
+    assert got["mistral3.rope.scaling.yarn_log_multiplier"] == 0.5
+    assert got["mistral3.rope.scaling.original_context_length"] == 16
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
         ({"rope_parameters": {**YARN, "attention_factor": 1.5}}, "attention_factor"),
+        ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale"),
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "dynamic"),
     ],
 )

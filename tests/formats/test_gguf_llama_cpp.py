@@ -13,9 +13,10 @@ import sloth
 from sloth.formats.gguf_tokenizer import PRE_TOKENIZERS, rebuild_tokenizer
 from sloth.formats.gguf_vocabulary import PROBE_TEXTS
 from tests.formats.test_gguf_tokenizer import byte_level_metadata, sentencepiece_metadata
-from tests.oracles import GGUF_TYPES, LLAMA_VARIANTS, llama_cpp, save_tiny
+from tests.oracles import llama_cpp, save_tiny
 from tests.test_lora import randomised
 from tests.text.test_tokenizer import TEXTS, byte_level_folder, sentencepiece_model
+from tests.tiny_configs import GGUF_TYPES, LLAMA_VARIANTS
 from tests.tolerance import LLAMA_CPP_LOGITS
 
 TOKENS = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))

@@ -21,9 +21,10 @@ from sloth.formats.gguf import GGUFFile
 from sloth.formats.gguf_archs import interleave
 from sloth.lora import projections
 from tests.assets import smollm2
-from tests.oracles import LLAMA_VARIANTS, WHOLE_BLOCKS, hf_gguf_logits, save_tiny_llama
+from tests.oracles import WHOLE_BLOCKS, hf_gguf_logits, save_tiny_llama
 from tests.test_lora import randomised
 from tests.text.test_tokenizer import TEXTS, byte_level_folder
+from tests.tiny_configs import LLAMA_VARIANTS
 from tests.tolerance import FP32_CHAIN, FP32_MERGE, gguf_logit_error
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"

@@ -48,6 +48,7 @@ def load(address: str, cache: Path, name: str, revision: str = "", **more: str) 
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_OFFLINE": "0",
+        "SLOTH_CACHE": str(cache / "sloth"),
         **more,
     }
     run = subprocess.run(

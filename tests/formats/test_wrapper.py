@@ -123,19 +123,20 @@ def test_the_saved_base_is_a_text_model_that_hugging_face_loads(folders, name, t
 
 
 @pytest.mark.filterwarnings("ignore:this .* model reads images too")
-def test_4_bit_tensors_are_read_behind_a_prefix(folders, tmp_path):
-    text = sloth.load(folders["mistral3"], quant="nf4", level="ops", device="cpu")
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_4_bit_tensors_are_read_behind_every_prefix(folders, name, prefix, tmp_path):
+    text = sloth.load(folders[name], quant="nf4", level="ops", device="cpu")
     saved = text.save_base(tmp_path / "text", quant="nf4")
     tensors = load_file(saved / "model.safetensors")
     settings = read_config(saved)
-    config = read_config(folders["mistral3"])
+    config = read_config(folders[name])
     config |= dict(quantization_config=settings.pop("quantization_config"), text_config=settings)
     folder = tmp_path / "wrapper"
     folder.mkdir()
-    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(renamed, folder / "model.safetensors")
+    save_file({f"language_model.{n}": t for n, t in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    again = sloth.load(folder, level="ops", device="cpu")
+    again = sloth.load(rewritten(folder, tmp_path / "rewritten", prefix), level="ops", device="cpu")
     tokens = random_tokens()
     with torch.no_grad():
         assert again.is_quantized and torch.equal(again.logits(tokens), text.logits(tokens))

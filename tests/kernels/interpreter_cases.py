@@ -26,9 +26,11 @@ from sloth.kernels.engine import INTERPRET, forced_engine
 from sloth.kernels.ops.add_rms_norm import add_rms_norm
 from sloth.kernels.ops.attention import attention, attention_reference
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
-from sloth.kernels.ops.batch import CopyBatch, NF4Batch
+from sloth.kernels.ops.batch import CopyBatch, CopyPart, NF4Batch, NF4Part
+from sloth.kernels.ops.dora import column_dots
 from sloth.kernels.ops.glu import glu
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
+from sloth.kernels.ops.linear_log_probs import linear_log_probs
 from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope
 from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_reference
@@ -171,6 +173,16 @@ def cross_entropy_over_one_tile_and_several(dtype: torch.dtype) -> None:
 
 
 @case
+def linear_log_probs_frozen_and_trained_heads(dtype: torch.dtype) -> None:
+    hidden, weight = randn(6, 16, dtype=dtype), 0.5 * randn(63, 16, seed=1, dtype=dtype)
+    labels = torch.tensor([0, 62, -100, 7, 7, -100])
+    for softcap in (None, 4.0):
+        op = partial(linear_log_probs, labels=labels, softcap=softcap)
+        compare(op, [hidden, weight])
+        compare(op, [inner_strided(hidden), weight], needs=[True, False])
+
+
+@case
 def nf4_dequantize_both_scale_forms(dtype: torch.dtype) -> None:
     for shape in ((3, 64), (63, 100), (7, 9), (20, 512)):
         for double_quant in (False, True):
@@ -188,25 +200,46 @@ def nf4_batch_fills_every_view(dtype: torch.dtype) -> None:
         weights = [quantize_nf4(randn(*shape, dtype=dtype), double_quant) for shape in shapes]
         buffers = [torch.full((n + 1, k + 8), -1.0, dtype=dtype) for n, k in shapes]
         views = [b[:n, :k] for b, (n, k) in zip(buffers, shapes, strict=True)]
+        gains = [None, *(randn(n, seed=n) for n, _ in shapes[1:])]
+        parts = [NF4Part(*part) for part in zip(weights, views, gains, strict=True)]
         with forced_engine("triton"):
-            NF4Batch(list(zip(weights, views, strict=True))).run()
-        for weight, view, buffer in zip(weights, views, buffers, strict=True):
+            NF4Batch(parts).run()
+        for (weight, view, gain), buffer in zip(parts, buffers, strict=True):
             expected = nf4_dequantize_reference(weight, dtype)
-            torch.testing.assert_close(view, expected, **tolerance.BIT_EXACT)
+            if gain is None:
+                torch.testing.assert_close(view, expected, **tolerance.BIT_EXACT)
+            else:
+                expected = (nf4_dequantize_reference(weight, gain.dtype) * gain[:, None]).to(dtype)
+                torch.testing.assert_close(view, expected, **tolerance.same_maths(dtype))
             assert (buffer[-1] == -1).all() and (buffer[:, view.shape[1] :] == -1).all()
 
 
 @case
 def copy_batch_casts_and_scales(dtype: torch.dtype) -> None:
-    shapes, scales = ((4, 130), (70, 3), (1, 1)), (1.0, 0.5, 0.0)
+    shapes, scales = ((4, 130), (70, 3), (1, 1), (70, 65)), (1.0, 0.5, 0.0, 2.0)
     sources = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    gains = [None, None, None, randn(70, seed=9)]
     buffers = [torch.full((n + 2, k + 5), -1.0, dtype=dtype) for n, k in shapes]
     views = [b[1 : n + 1, 2 : k + 2] for b, (n, k) in zip(buffers, shapes, strict=True)]
+    parts = [CopyPart(*part) for part in zip(sources, views, scales, gains, strict=True)]
     with forced_engine("triton"):
-        CopyBatch(list(zip(sources, views, scales, strict=True))).run()
-    for source, view, buffer, scale in zip(sources, views, buffers, scales, strict=True):
-        torch.testing.assert_close(view, (source * scale).to(dtype), **tolerance.BIT_EXACT)
+        CopyBatch(parts).run()
+    for (source, view, scale, gain), buffer in zip(parts, buffers, strict=True):
+        expected = source * scale if gain is None else source * scale * gain[:, None]
+        torch.testing.assert_close(view, expected.to(dtype), **tolerance.BIT_EXACT)
         assert (buffer == -1).sum() >= buffer.numel() - view.numel()
+
+
+@case
+def column_dots_of_tails_and_several_spans(dtype: torch.dtype) -> None:
+    for rows, cols in ((5, 70), (300, 3), (1, 64)):
+        dy, y = (randn(rows, cols + 9, seed=i, dtype=dtype)[:, :cols] for i in (0, 1))
+        for bias in (None, randn(cols, seed=2, dtype=dtype)):
+            results = []
+            for engine in ("triton", "torch"):
+                with forced_engine(engine), nan_poisoned_empty():
+                    results.append(column_dots(dy, y, bias))
+            torch.testing.assert_close(*results, **tolerance.FP32_COLUMN_SUMS)
 
 
 @case

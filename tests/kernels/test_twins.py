@@ -17,31 +17,14 @@ from sloth.lora import is_lora_name
 from sloth.models import ARCHITECTURES
 from tests import tolerance
 from tests.kernels.common import assert_no_worse_than_eager, nan_poisoned_empty
-from tests.models.common import ArchitectureTests, random_tokens
-from tests.models.test_gemma import TestGemma
-from tests.models.test_gemma2 import TestGemma2
-from tests.models.test_gemma3 import TestGemma3
-from tests.models.test_mistral import TestMistral
-from tests.models.test_qwen2 import TestQwen2
-from tests.models.test_qwen3 import TestQwen3
-from tests.models.test_smollm3 import TestSmolLM3
+from tests.models.common import random_tokens
+from tests.models.families import FIRST, VARIANTS
 from tests.oracles import save_tiny
 
-FAMILIES: tuple[type[ArchitectureTests], ...] = (
-    *(TestMistral, TestQwen2, TestQwen3, TestGemma, TestGemma2, TestGemma3, TestSmolLM3),
-)
-VARIANTS = {
-    f"{family.model_type}-{name}": {"model_type": family.model_type} | settings
-    for family in FAMILIES
-    for name, settings in family.variants.items()
-}
-FIRST = [next(name for name in VARIANTS if name.startswith(f.model_type + "-")) for f in FAMILIES]
 LENGTH = 40
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
 KEEPS = {**POLICIES, "tiled": replace(POLICIES["P2"], tile_tokens=32)}
 SOME = ["v_proj", "gate_proj"]
-# Tests of this module alone, not those of the classes it borrows its variants from.
-del TestMistral, TestQwen2, TestQwen3, TestGemma, TestGemma2, TestGemma3, TestSmolLM3
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +86,7 @@ def test_twin_equals_the_model_file(
         )
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST.values())
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 def test_keeping_less_changes_nothing(folders: dict[str, Path], name: str, keep: Keep) -> None:
     model, tokens = adapted(folders[name], "all-linear", "nf4"), random_tokens(2, LENGTH)
@@ -117,7 +100,7 @@ def test_keeping_less_changes_nothing(folders: dict[str, Path], name: str, keep:
         )
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST.values())
 def test_documents_are_blind_to_each_other(folders: dict[str, Path], name: str) -> None:
     model, tokens = adapted(folders[name], "all-linear", "nf4"), random_tokens(1, LENGTH)
     other = tokens.clone()
@@ -136,7 +119,7 @@ def test_documents_are_blind_to_each_other(folders: dict[str, Path], name: str) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", FIRST.values())
 @pytest.mark.parametrize("level", ["ops", "fused"])
 def test_bf16_stays_within_the_eager_error(
     folders: dict[str, Path], name: str, level: Level

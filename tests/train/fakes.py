@@ -5,7 +5,8 @@ for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ ROWS = [
         ]
     }
     for n in (1, 3, 9, 2, 5, 14, 4, 1, 7, 6, 11)
+]
+PAIRS = [
+    {"prompt": [{"role": "user", "content": "hi " * n}], "chosen": "yo" * n, "rejected": "no" * m}
+    for n, m in ((1, 2), (3, 1), (9, 9), (2, 8), (5, 5), (7, 4), (4, 6), (1, 1), (6, 3))
 ]
 
 
@@ -97,7 +102,7 @@ class FakeLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(size, size) / size**0.5)
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
-        self.dropout = 0.0
+        self.dropout, self.is_on = 0.0, True
 
     def attach(self, config: LoraConfig) -> None:
         size = self.weight.shape[0]
@@ -108,7 +113,7 @@ class FakeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight)
-        if self.lora_A is None or self.lora_B is None:
+        if self.lora_A is None or self.lora_B is None or not self.is_on:
             return y
         return y + self.lora_B(self.lora_A(nn.functional.dropout(x, self.dropout, self.training)))
 
@@ -170,14 +175,34 @@ class FakeModel:
         positions: Tensor | None = None,
         num_trained: int | Tensor | None = None,
     ) -> Tensor:
-        tokens, labels = tokens.to(self.device), labels.to(self.device)
-        if positions is not None:
-            labels = labels.masked_fill(positions.to(self.device) == 0, -100)
-        logits, targets = self.network(tokens, positions)[:, :-1], labels[:, 1:]
+        logits, targets = self._logits_and_targets(tokens, labels, positions)
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         )
         return total / (num_trained if num_trained is not None else (targets != -100).sum())
+
+    def logprobs(
+        self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        labels = tokens if labels is None else labels
+        logits, targets = self._logits_and_targets(tokens, labels, positions)
+        return -nn.functional.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
+        )
+
+    def _logits_and_targets(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        tokens, labels = tokens.to(self.device), labels.to(self.device)
+        if positions is not None:
+            labels = labels.masked_fill(positions.to(self.device) == 0, -100)
+        return self.network(tokens, positions)[:, :-1], labels[:, 1:]
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        self.network.q_proj.is_on = False
+        yield
+        self.network.q_proj.is_on = True
 
     def save_adapter(self, folder: Path) -> Path:
         return self._save(folder, "adapter")

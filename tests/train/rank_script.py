@@ -18,10 +18,15 @@ import torch.distributed as dist
 from sloth.lora_config import LoraConfig
 from sloth.train import trainer
 from sloth.train.callbacks import Callback
-from tests.train.fakes import ROWS, FakeModel
+from tests.train.fakes import PAIRS, ROWS, FakeModel
 from tests.train.runs import SETTINGS, DieIn
 
 NO_DROPOUT = {**SETTINGS, "lora": LoraConfig(r=4), "eval_data": ROWS[:5], "eval_steps": 3}
+
+PREFERENCES = {
+    objective: {**NO_DROPOUT, "eval_data": PAIRS[:5], "objective": objective}
+    for objective in ("dpo", "orpo")
+}
 
 
 class Mine(Exception):
@@ -38,12 +43,14 @@ def fail(*rest, **more):
     raise Mine
 
 
-def run(output, callbacks=(), place=None, **changes):
+def run(output, callbacks=(), place=None, rows=ROWS, **changes):
     """The outcome of a run that fails at `place`, in words."""
     model = FakeModel()
-    held = trainer.Trainer(model, ROWS, output=output, callbacks=callbacks, **changes)
+    held = trainer.Trainer(model, rows, output=output, callbacks=callbacks, **changes)
     if place == "data":
         held._batch = fail
+    if place == "update":
+        held._update = fail
     if place == "step":
         plain, calls = model.loss, []
 
@@ -76,6 +83,8 @@ def main(folder: Path) -> None:
         print(json.dumps([name, outcome]), flush=True)
 
     tell("straight", run(folder / "straight", **NO_DROPOUT))
+    for objective, settings in PREFERENCES.items():
+        tell(objective, run(folder / objective, rows=PAIRS, **settings))
     tell("dropout", run(folder / "dropout", **SETTINGS))
     try:
         held = trainer.Trainer(
@@ -86,7 +95,7 @@ def main(folder: Path) -> None:
         tell("died", type(error).__name__)
     tell("resumed", run(folder / "half", resume=True, **SETTINGS))
     tell("signal", run(folder / "signal", [Signal()], **SETTINGS))
-    for place in ("data", "step", "save"):
+    for place in ("data", "step", "update", "save"):
         for failing in (0, 1):
             at = place if rank == failing else None
             tell(f"{place} {failing}", run(folder / f"{place}-{failing}", place=at, **SETTINGS))

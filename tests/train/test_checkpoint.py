@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_best_checkpoint_is_kept_beside_the_newest_two(tmp_path, monkeypatch):
     losses = iter([5.0, 2.0, 3.0, 2.0, math.nan, 4.0])
-    monkeypatch.setattr(trainer, "summed_loss", lambda *rest: next(losses))
+    monkeypatch.setattr(trainer, "summed", lambda *rest: [next(losses)])
     _, report = train(tmp_path / "run", eval_data=ROWS[:4], eval_steps=1)
     assert report.best_step == 2
     found = [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")]

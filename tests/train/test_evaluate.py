@@ -18,7 +18,7 @@ from sloth.quant.linear4bit import Linear4bit
 from sloth.train import evaluate, trainer
 from sloth.train.callbacks import Callback
 from sloth.train.checkpoint import read_tensors
-from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed_loss
+from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed
 from sloth.train.records import EvalRecord
 from sloth.train.trainer import Trainer
 from tests import tolerance
@@ -32,7 +32,7 @@ NAN = math.nan
 def evaluated(tmp_path, monkeypatch, losses, **settings):
     """A run whose evaluations give these losses."""
     left = iter(losses)
-    monkeypatch.setattr(trainer, "summed_loss", lambda *rest: next(left))
+    monkeypatch.setattr(trainer, "summed", lambda *rest: [next(left)])
     return train(tmp_path / "run", eval_data=ROWS[:3], eval_steps=1, **settings)
 
 
@@ -167,15 +167,24 @@ class Watch(TorchDispatchMode):
 
 
 def test_evaluation_holds_less_than_a_training_step_and_no_logits(folder):
-    """Row 16: logits exist of trained tokens only, in chunks; never of all tokens."""
+    """Row 16: no activation is kept; logits exist of trained tokens only, in chunks."""
     model = load(folder).add_lora(LoraConfig(r=4))
     run = Trainer(model, ROWS, batch_size=4, eval_data=ROWS)
     batch = run._batch(run.data, [0, 2, 5, 9])
+
+    kept = []
+
+    def measure(rows):
+        measured = run.objective.measure(batch, [batch.num_trained])
+        kept.append(measured.requires_grad)
+        return measured
+
     model.network.train()
     with Watch(model.config.vocab_size) as training:
-        run._loss(batch, batch.num_trained).backward()
+        measure([]).backward()
     with Watch(model.config.vocab_size) as looking:
-        summed_loss([[0, 2, 5, 9]], lambda rows: run._loss(batch, batch.num_trained), model.network)
+        summed([[0, 2, 5, 9]], measure, model.network)
+    assert kept == [True, False]
     assert looking.peak_bytes <= training.peak_bytes
     assert 0 < looking.rows_of_logits <= batch.num_trained < batch.tokens.numel()
 
@@ -186,8 +195,10 @@ def test_evaluation_draws_nothing_and_keeps_the_mode():
     model.network.train()
     before = torch.get_rng_state()
     losses = [
-        summed_loss(
-            [[0], [1]], lambda rows: run._loss(run._batch(run.data, rows), 3), model.network
+        summed(
+            [[0], [1]],
+            lambda rows: run.objective.measure(run._batch(run.data, rows), [3]),
+            model.network,
         )
         for _ in range(2)
     ]

@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from rich.console import Console
 
 from sloth.train.log import RunLog
-from sloth.train.plot import plot_losses
+from sloth.train.plot import BLOCKS, plot_losses, sparkline
 from sloth.train.records import EvalRecord, StepRecord
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,13 +44,63 @@ def logged(tmp_path, records, num_steps, first_step=0, **console):
 
 def test_plain_line_shows_every_number(tmp_path):
     out = logged(tmp_path, [record(1)], 3)
-    line = "step 1/3  loss 1.2500  lr 2.00e-04  grad 0.500  200 tok/s  1.00 GiB  ETA 0:00"
+    line = (
+        "step 1/3  epoch 0.50  loss 1.2500 (smoothed 1.2500)  lr 2.00e-04  grad 0.500  "
+        "200 tok/s, 40/100 trained  1.00 GiB  ETA 0:00"
+    )
     assert out.splitlines() == [line, "step 3/3  eval loss 0.7500  perplexity 2.117"]
 
 
 def test_terminal_gets_a_live_line(tmp_path):
     out = logged(tmp_path, [record(1), record(2)], 2, force_terminal=True)
     assert "\x1b[" in out and "step 2/2" in out and "200 tok/s" in out and "ETA" in out
+
+
+def test_the_smoothed_loss_follows_slowly_and_skips_what_is_not_finite(tmp_path):
+    losses = [4.0, math.nan, 2.0]
+    out = logged(tmp_path, [record(i, loss=x) for i, x in enumerate(losses, start=1)], 3)
+    smoothed = [line.split("smoothed ")[1].split(")")[0] for line in out.splitlines()[:3]]
+    # (0.9 * 0.1 * 4 + 0.1 * 2) / (0.9 * 0.1 + 0.1)
+    assert smoothed == ["4.0000", "4.0000", "2.9474"]
+
+
+def test_sparkline_goes_from_the_lowest_to_the_highest_and_leaves_gaps():
+    assert sparkline([7, 6, 5, 4, 3, 2, 1, 0], 8) == BLOCKS[::-1]
+    assert sparkline([1.0, 3.0, 0.0, 0.0, 7.0, 7.0], 3, "abc") == "bac"
+    assert sparkline([1.0, math.nan, math.inf, 2.0], 4, "ab") == "a  b"
+    assert sparkline([2.0, 2.0], 60, "ab") == "aa" and sparkline([], 9) == ""
+    assert len(sparkline(list(range(1000)), 60)) == 60
+
+
+def test_each_epoch_and_the_run_end_with_their_curve(tmp_path):
+    """Of 20 rows, 2 a step: an epoch of 10 steps; the last one ends with the run's own."""
+    out, records = (
+        io.StringIO(),
+        [record(step, epoch=step / 10, loss=31.0 - step) for step in range(1, 31)],
+    )
+    console = Console(file=out, width=200, soft_wrap=True)
+    with RunLog(tmp_path / "metrics.jsonl", 0, 30, console) as log:
+        for one in records:
+            log.step(one)
+        log.curve([one.loss for one in records])
+    curves = [line for line in out.getvalue().splitlines() if not line.startswith("step")]
+    assert [line.split("loss ")[0].strip() for line in curves] == ["epoch 1", "epoch 2", ""]
+    assert [line.split()[-3::2] for line in curves] == [
+        ["30.0000", "21.0000"],
+        ["20.0000", "11.0000"],
+        ["29.0000", "2.0000"],
+    ]
+    assert all(len(line.split()[-2]) in (10, 30) for line in curves)
+
+
+def test_a_terminal_without_blocks_gets_letters(tmp_path):
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=200)
+    with RunLog(tmp_path / "metrics.jsonl", 0, 3, console) as log:
+        log.curve([2.0, 1.0])
+        log.curve([math.nan])
+    console.file.flush()
+    assert raw.getvalue().decode() == "loss 2.0000 @_ 1.0000\n"
 
 
 def test_long_runs_print_about_a_hundred_lines_and_log_every_step(tmp_path):

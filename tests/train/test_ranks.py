@@ -14,8 +14,10 @@ import torch
 
 from sloth.lora_config import LoraConfig
 from sloth.train.ranks import Ranks
+from sloth.train.trainer import Trainer
 from tests import tolerance
-from tests.train.fakes import ROWS
+from tests.train.fakes import PAIRS, ROWS, FakeModel
+from tests.train.rank_script import PREFERENCES
 from tests.train.runs import ROOT, SETTINGS, train
 
 LONGEST_S = 60
@@ -76,6 +78,20 @@ def test_two_ranks_give_the_curve_of_one(told, tmp_path):
     torch.testing.assert_close(weights, alone, **tolerance.FP32_CHAIN)
 
 
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_two_ranks_give_the_preference_curve_of_one(told, tmp_path, objective):
+    model, settings = FakeModel(), PREFERENCES[objective]
+    report = Trainer(model, PAIRS, output=tmp_path / "one", **settings).run()
+    first, second = told[objective]
+    assert first == second
+    losses, eval_losses, weights = first
+    torch.testing.assert_close(losses, report.losses, **tolerance.FP32_SAME_MATHS)
+    expected = {str(step): loss for step, loss in report.eval_losses.items()}
+    torch.testing.assert_close(eval_losses, expected, **tolerance.FP32_SAME_MATHS)
+    alone = [p.double().sum().item() for p in model.network.parameters()]
+    torch.testing.assert_close(weights, alone, **tolerance.FP32_CHAIN)
+
+
 def test_two_ranks_resume_bitwise_with_dropout_of_their_own(told):
     """Row 12. The first dies of its callback, the other of that."""
     assert told["died"] == ["Stopped", "RankFailed"]
@@ -87,7 +103,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):
     assert told["signal"] == [["Interrupted", 143], ["Interrupted", 143]]
 
 
-@pytest.mark.parametrize("place", ["data", "step", "save"])
+@pytest.mark.parametrize("place", ["data", "step", "update", "save"])
 def test_a_rank_that_fails_ends_the_others(told, place):
     """Row 30. The whole file's processes end within a minute, so nobody hangs."""
     assert [outcome[0] for outcome in told[f"{place} 1"]] == (

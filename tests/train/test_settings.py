@@ -15,7 +15,7 @@ from sloth.train import evaluate
 from sloth.train.checkpoint import read_tensors
 from sloth.train.config import TrainConfig
 from sloth.train.trainer import Trainer
-from tests.train.fakes import ROWS, FakeModel
+from tests.train.fakes import PAIRS, ROWS, FakeModel
 from tests.train.test_callbacks import Library
 
 BASE = {"max_steps": 4, "batch_size": 2, "grad_accum": 2, "save_steps": 2, "eval_steps": 2}
@@ -30,6 +30,9 @@ CHANGES = {
     "packing": True,
     "train_on": "everything",
     "columns": {"messages": "absent"},
+    "skip_bad": True,
+    "objective": "dpo",
+    "beta": 0.5,
     "lr": 1e-3,
     "schedule": "cosine",
     "warmup_steps": 2,
@@ -56,9 +59,13 @@ CHANGES = {
     "resume": True,
     "quant": "nf4",
 }
+PREFERENCE = {"rows": PAIRS, "eval_data": PAIRS[:3], "lora": LoraConfig(r=2)}
 # What a setting needs beside it to mean anything.
 BESIDE = {
     "on_long": {"max_length": 40},
+    "skip_bad": {"rows": [*ROWS, {"text": 3}]},
+    "objective": {**PREFERENCE, "objective": "orpo"},
+    "beta": {**PREFERENCE, "objective": "dpo"},
     "load_best": {"lr": 5.0, "warmup_steps": 4, "eval_steps": 1},
     "patience": {"lr": 5.0, "warmup_steps": 4, "eval_steps": 1},
     "sample_tokens": {"sample_prompts": ["hi"]},
@@ -74,7 +81,7 @@ def test_every_field_is_changed_below():
     assert set(CHANGES) == set(TrainConfig.model_fields), "give a new setting a change to try"
 
 
-def outcome(folder, monkeypatch, is_finished=False, is_poisoned=False, **changes):
+def outcome(folder, monkeypatch, is_finished=False, is_poisoned=False, rows=ROWS, **changes):
     """Everything a run shows: losses, rates, weights, evaluations, files; or how it was refused."""
     folder.parent.mkdir()
     monkeypatch.chdir(folder.parent)
@@ -93,7 +100,7 @@ def outcome(folder, monkeypatch, is_finished=False, is_poisoned=False, **changes
     if is_finished:
         Trainer(FakeModel(), ROWS, **settings).run()
     try:
-        report = Trainer(model, ROWS, **{**settings, **changes}).run()
+        report = Trainer(model, rows, **{**settings, **changes}).run()
     except (SlothError, ValueError) as error:
         return {"refused": type(error).__name__}
     folder = report.paths["output"]

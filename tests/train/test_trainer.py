@@ -168,7 +168,8 @@ def test_one_infinite_gradient_of_a_finite_loss_skips_the_step(output):
     assert report.skipped == 1 and math.isfinite(report.losses[0])
     for name, parameter in model.network.named_parameters():
         assert torch.equal(parameter, before[name])
-    assert read_tensors(report.paths["checkpoint"], "optimizer") == {}
+    moments = read_tensors(report.paths["checkpoint"], "optimizer")
+    assert not any(tensor.any() for tensor in moments.values())
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(output):
@@ -270,4 +271,4 @@ def test_terminal_shows_data_counts_and_one_masked_row(output, capsys):
     out = capsys.readouterr().out
     assert "1 rows (1 messages): 1 examples" in out
     assert "<|start|>assistant\n[+yo<|end|>+]" in out
-    assert "step 1/2  loss" in out and "step 2/2  loss" in out
+    assert "step 1/2  epoch" in out and "step 2/2  epoch" in out

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sloth.kernels.engine import engine_for, jit, tl
-from sloth.kernels.rows import compute_dtype
+from sloth.kernels.rows import compute_dtype, sum_over_rows
 
 IGNORED = -100
 
@@ -213,6 +213,25 @@ class TrainedRows:
         return self._order[: int(self._count)]
 
 
+def row_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Rows of hidden [M, D] whose logits exist at one time."""
+    size = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+
+
+def scaled_rows(x: Tensor, factors: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Zeros of `shape` [N, D] with x [M, D] times factors [M] in its `rows` [M].
+
+    A factor is about 1 / M: applied in fp32, since fp16 would lose small ones; by parts, so that
+    the fp32 copy stays small.
+    """
+    result = x.new_zeros(shape)
+    for start in range(0, len(rows), _SCALED_ROWS):
+        part = slice(start, start + _SCALED_ROWS)
+        result[rows[part]] = (x[part].to(factors.dtype) * factors[part, None]).to(x.dtype)
+    return result
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Forms the gradient in forward; backward scales it, not in place, so it may run twice."""
 
@@ -231,12 +250,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         rows = (trained_rows or TrainedRows(labels)).index()
         trained, targets = hidden[rows], labels[rows]
         weight_here = weight.to(hidden.dtype)
-        chunk = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dtrained = torch.empty_like(trained) if needs_dhidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if needs_dweight else None
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
+        for part in row_chunks(trained, weight):
             logits = trained[part] @ weight_here.T
             losses = cross_entropy_in_place(
                 logits, targets[part], softcap, needs_dhidden or needs_dweight
@@ -245,7 +262,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             if dtrained is not None:
                 torch.mm(logits, weight_here, out=dtrained[part])
             if dweight is not None:
-                dweight += logits.T @ trained[part]
+                dweight += sum_over_rows(logits, trained[part], wide)
             del logits  # before the next chunk's are made
         divisor = torch.as_tensor(_divisor(labels, num_trained), device=hidden.device)
         ctx.save_for_backward(dtrained, dweight, rows, divisor)
@@ -259,12 +276,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         factor = dloss / divisor
         dhidden = None
         if dtrained is not None:
-            dhidden = dtrained.new_zeros(ctx.shape)
-            # The factor is about 1 / M: applied in fp32, since fp16 would lose small ones; by
-            # parts, so that the fp32 copy stays small.
-            for part in range(0, len(rows), _SCALED_ROWS):
-                here = slice(part, part + _SCALED_ROWS)
-                dhidden[rows[here]] = (dtrained[here].to(factor.dtype) * factor).to(dhidden.dtype)
+            dhidden = scaled_rows(dtrained, factor.expand(len(rows)), rows, ctx.shape)
         if dweight is not None:
             dweight = (dweight * factor).to(ctx.weight_dtype)
         return dhidden, dweight, None, None, None, None

@@ -134,6 +134,7 @@ def unpack_blocks(
     offset_ptr,
     code_ptr,
     map_ptr,
+    gains_ptr,
     out_ptr,
     first_block,
     num_elements,
@@ -142,10 +143,12 @@ def unpack_blocks(
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    GAINS: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS blocks of codes from `first_block` on, each scaled once, into rows of `out`."""
+    """BLOCKS blocks of codes from `first_block` on, each scaled once, into rows of `out`; with
+    GAINS every row is multiplied by a number of its own before it is rounded."""
     # Block numbers fit 32 bits, whose divisions are fast; element numbers may not.
     block = first_block.to(tl.int32) + tl.arange(0, BLOCKS)
     start = block.to(tl.int64) * BLOCKSIZE
@@ -155,6 +158,11 @@ def unpack_blocks(
         value = tl.load(map_ptr + absmax.to(tl.int32))
         scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=block_mask, other=0.0)
         absmax = value * scale + tl.load(offset_ptr)
+    if WHOLE_ROWS:  # no block straddles two rows: one division a block
+        blocks_per_row = (num_cols // BLOCKSIZE).to(tl.int32)
+        row = block // blocks_per_row
+        if GAINS:
+            absmax *= tl.load(gains_ptr + row, mask=block_mask, other=0.0)
     byte = (start // 2)[:, None] + tl.arange(0, BLOCKSIZE // 2)[None, :]
     byte_mask = block_mask[:, None] if WHOLE_ROWS else 2 * byte < num_elements
     packed = tl.load(codes_ptr + byte, mask=byte_mask, other=0).to(tl.int32)
@@ -164,11 +172,9 @@ def unpack_blocks(
     high = tl.reshape(tl.gather(codebook, flat >> 4, 0), (BLOCKS, BLOCKSIZE // 2))
     low = tl.reshape(tl.gather(codebook, flat & 15, 0), (BLOCKS, BLOCKSIZE // 2))
     pairs = tl.join(high * absmax[:, None], low * absmax[:, None])
-    values = tl.reshape(pairs.to(out_ptr.dtype.element_ty), (BLOCKS, BLOCKSIZE))
     lanes = tl.arange(0, BLOCKSIZE)[None, :]
-    if WHOLE_ROWS:  # no block straddles two rows: one division a block
-        blocks_per_row = (num_cols // BLOCKSIZE).to(tl.int32)
-        row = block // blocks_per_row
+    if WHOLE_ROWS:
+        values = tl.reshape(pairs.to(out_ptr.dtype.element_ty), (BLOCKS, BLOCKSIZE))
         col = (block - row * blocks_per_row) * BLOCKSIZE
         at = tl.multiple_of(row.to(tl.int64) * row_stride + col, 8)
         tl.store(out_ptr + at[:, None] + lanes, values, mask=block_mask[:, None])
@@ -176,6 +182,10 @@ def unpack_blocks(
         element = start[:, None] + lanes
         row = element // num_cols
         at = row * row_stride + (element - row * num_cols)
+        wide = tl.reshape(pairs, (BLOCKS, BLOCKSIZE))
+        if GAINS:
+            wide *= tl.load(gains_ptr + row, mask=element < num_elements, other=0.0)
+        values = wide.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, values, mask=element < num_elements)
 
 
@@ -204,6 +214,7 @@ def _nf4_dequantize_kernel(
         offset_ptr,
         code_ptr,
         map_ptr,
+        code_ptr,  # no gains
         out_ptr,
         first,
         num_elements,
@@ -212,6 +223,7 @@ def _nf4_dequantize_kernel(
         BLOCKSIZE,
         NESTED_BLOCKSIZE,
         NESTED,
+        False,
         WHOLE_ROWS,
         BLOCKS,
     )

@@ -1,0 +1,46 @@
+"""A row as the model reads it, for a person to look at before training."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from sloth.data.dataset import Dataset
+from sloth.data.examples import UNTRAINED, Example
+
+if TYPE_CHECKING:
+    from sloth.text.tokenizer import Tokenizer
+
+SHOWN_CHARACTERS = 1500
+
+_TRAINED_STYLE = "bold green"
+_CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
+
+
+def describe_first_row(data: Dataset, tokenizer: Tokenizer) -> Text:
+    """The first example, or both halves of the first pair."""
+    if not data.pairs:
+        return describe_row(data.examples[0], tokenizer)
+    chosen, rejected = (describe_row(example, tokenizer) for example in data.examples[:2])
+    return Text("\n").join((Text("chosen:"), chosen, Text("rejected:"), rejected))
+
+
+def describe_row(example: Example, tokenizer: Tokenizer) -> Text:
+    """The row as the model reads it, trained spans in `[+ ... +]` and, on a terminal, in green.
+
+    Decoded with its special tokens and cut to a screenful; control characters are replaced.
+    `.plain` is the string.
+    """
+    text = Text()
+    pairs = list(zip(example.tokens, [UNTRAINED, *example.labels[1:]], strict=True))
+    for trained, run in groupby(pairs, key=lambda pair: pair[1] != UNTRAINED):
+        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        piece = piece.translate(_CONTROL)
+        room = SHOWN_CHARACTERS - len(text)
+        cut = f"{piece[:room]} ..." if len(piece) > room else piece
+        text.append(f"[+{cut}+]" if trained else cut, _TRAINED_STYLE if trained else "dim")
+        if len(piece) > room:
+            break
+    return text

@@ -1,0 +1,172 @@
+"""Adapters on embedding and head, tied and not: trained, saved, merged, read by PEFT and HF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import sloth
+from sloth import errors
+from sloth.lora import adapter_disabled
+from sloth.train.config import TrainConfig
+from sloth.train.optim import kind_of, parameter_groups
+from sloth.train.step_memory import NetworkSizes
+from tests.oracles import hf_logits, peft_model, save_tiny
+from tests.test_lora import TOKENS, logits, randomised
+from tests.tolerance import FP32_ADAPTER, FP32_CHAIN
+
+SMALL = dict(num_hidden_layers=2, head_dim=16)
+WAYS = {
+    "low-rank embedding": dict(targets=["v_proj", "embed_tokens"], r=4),
+    "low-rank head": dict(targets=["v_proj", "lm_head"], r=4),
+    "low-rank both": dict(targets=["v_proj", "embed_tokens", "lm_head"], r=4),
+    "DoRA head": dict(targets=["v_proj", "lm_head"], r=4, use_dora=True),
+    "rows": dict(targets=["v_proj"], r=4, trainable_token_indices=[7, 3, 150]),
+    "full embedding": dict(targets=["v_proj"], r=4, modules_to_save=["embed_tokens"]),
+    "full both": dict(targets=["v_proj"], r=4, modules_to_save=["embed_tokens", "lm_head"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied and an untied Llama, and a Gemma, which scales its embedding."""
+    root = tmp_path_factory.mktemp("vocabulary")
+    return {
+        "tied": save_tiny("llama", root / "tied", tie_word_embeddings=True, **SMALL),
+        "untied": save_tiny("llama", root / "untied", **SMALL),
+        "scaled": save_tiny("gemma", root / "scaled", num_hidden_layers=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "scaled"])
+@pytest.mark.parametrize("way", WAYS)
+def test_adapter_is_the_same_here_in_peft_reloaded_and_merged(folders, tmp_path, way, kind):
+    base = folders[kind]
+    model = randomised(sloth.load(base, device="cpu").add_lora(sloth.LoraConfig(**WAYS[way])))
+    ours = logits(model)
+    model.save_adapter(tmp_path / "adapter")
+    theirs = peft_model(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert_close(ours, theirs(TOKENS).logits, **FP32_ADAPTER)
+    again = sloth.load(base, adapter=tmp_path / "adapter", device="cpu")
+    assert torch.equal(logits(again), ours)
+    model.save_merged(tmp_path / "merged")
+    assert_close(hf_logits(tmp_path / "merged", TOKENS), ours, **FP32_CHAIN)
+    before = hf_logits(base, TOKENS)
+    assert not torch.allclose(ours, before, **FP32_CHAIN)
+    model.save_base(tmp_path / "base")
+    assert torch.equal(hf_logits(tmp_path / "base", TOKENS), before)
+    with model.adapter_off():
+        assert_close(logits(model), before, **FP32_CHAIN)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("level", ["reference", "ops", "auto"])
+@pytest.mark.parametrize("way", ["low-rank both", "DoRA head", "rows", "full both"])
+def test_gradients_match_autograd_through_peft(folders, tmp_path, way, kind, level):
+    model = sloth.load(folders[kind], device="cpu", level=level)
+    randomised(model.add_lora(sloth.LoraConfig(**WAYS[way]))).save_adapter(tmp_path / "adapter")
+    theirs = peft_model(folders[kind], tmp_path / "adapter")
+    for name, parameter in theirs.named_parameters():
+        trained = ("lora", "modules_to_save", "tokens_delta")
+        parameter.requires_grad_(any(mark in name for mark in trained))
+    expected = theirs(TOKENS, labels=TOKENS).loss
+    expected.backward()
+    loss = model.loss(TOKENS, TOKENS)
+    loss.backward()
+    assert_close(loss, expected, **FP32_CHAIN)
+    ours = {n: p.grad for n, p in model.network.named_parameters() if p.requires_grad}
+    gradients = {_our_name(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert ours.keys() == gradients.keys()
+    for name, gradient in ours.items():
+        assert_close(gradient, gradients[name], **FP32_CHAIN, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _our_name(name: str) -> str:
+    name = name.removeprefix("base_model.model.")
+    for mark in (".default", ".modules_to_save"):
+        name = name.replace(mark, "")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+def test_a_tied_head_without_training_of_its_own_costs_no_memory(folders):
+    model = sloth.load(folders["tied"], device="cpu")
+    model.add_lora(**WAYS["low-rank both"])
+    head, embedding = model.network.lm_head, model.network.model.embed_tokens
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
+    sizes = NetworkSizes.of(model.network)
+    apart = sloth.load(folders["untied"], device="cpu").add_lora(**WAYS["low-rank both"])
+    assert sizes.embedding_stays and not NetworkSizes.of(apart.network).embedding_stays
+    assert NetworkSizes.of(apart.network).weights - sizes.weights == embedding.weight.nbytes
+
+
+def test_switched_off_rows_and_low_rank_embedding_leave_the_base(folders):
+    base = logits(sloth.load(folders["untied"], device="cpu"))
+    for way in ("low-rank embedding", "rows"):
+        model = randomised(sloth.load(folders["untied"], device="cpu").add_lora(**WAYS[way]))
+        with adapter_disabled(model.network):
+            assert_close(logits(model), base, **FP32_CHAIN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "match"),
+    [
+        ("untied", dict(targets=["embed_tokens"], use_dora=True), "use_dora"),
+        ("untied", dict(targets=["embed_tokens"], trainable_token_indices=[1]), "embed_tokens"),
+        ("untied", dict(trainable_token_indices=[160]), "row 160"),
+        ("tied", dict(trainable_token_indices={"lm_head": [1]}), "tied"),
+        ("tied", dict(targets=["lm_head"], trainable_token_indices=[1]), "tied"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_changes_nothing(folders, kind, config, match):
+    model = sloth.load(folders[kind], device="cpu")
+    with pytest.raises(errors.AdapterMismatch, match=match):
+        model.add_lora(**config)
+    assert not model.has_adapter
+    assert all(parameter.requires_grad for parameter in model.network.parameters())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(trainable_token_indices=[1, 1]),
+        dict(trainable_token_indices=[-1]),
+        dict(trainable_token_indices={"norm": [1]}),
+        dict(trainable_token_indices=[1], modules_to_save=["embed_tokens"]),
+    ],
+)
+def test_settings_without_meaning_are_refused(bad):
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        sloth.LoraConfig(**bad)
+
+
+@pytest.mark.parametrize("way", ["low-rank embedding", "rows", "DoRA head"])
+def test_gguf_adapters_refuse_what_they_cannot_say(folders, tmp_path, way):
+    model = sloth.load(folders["untied"], device="cpu").add_lora(**WAYS[way])
+    with pytest.raises(errors.AdapterMismatch, match="save_gguf"):
+        model.save_adapter(tmp_path / "adapter", format="gguf")
+
+
+def test_rows_and_low_rank_embeddings_take_the_embedding_rate(folders):
+    model = sloth.load(folders["untied"], device="cpu")
+    model.add_lora(targets=["v_proj", "embed_tokens"], trainable_token_indices={"lm_head": [3]})
+    trained = {n: p for n, p in model.network.named_parameters() if p.requires_grad}
+    kinds = {name: kind_of(name) for name in trained if "v_proj" not in name}
+    assert set(kinds.values()) == {"embedding"} and len(kinds) == 3
+    groups = parameter_groups(trained, TrainConfig(output="x", lr=1e-3, embedding_lr=1e-4))
+    scaled = next(group for group in groups if group["lr_scale"] < 1)
+    assert len(scaled["params"]) == 3
+
+
+def test_the_planner_counts_a_trained_heads_gradient(folders):
+    def head_gradient(**config) -> int:
+        model = sloth.load(folders["untied"], device="cpu").add_lora(**config)
+        return NetworkSizes.of(model.network).head_gradient
+
+    assert head_gradient() == 0
+    assert head_gradient(modules_to_save=["lm_head"]) == 160 * 64 * 8
+    assert head_gradient(targets=["lm_head"], r=4) == 160 * 68 * 12
+    assert head_gradient(trainable_token_indices={"lm_head": [3]}) == 160 * 64 * 12

@@ -27,12 +27,12 @@ from sloth.kernels.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from sloth.kernels.ops.rms_norm import rms_norm_fwd
 from sloth.kernels.ops.rope import rope_bwd, rope_fwd
 from sloth.kernels.saved import Gradients, Saved
-from sloth.kernels.stacked import Stack
+from sloth.kernels.stacked import LoraStack
 
 # -- norms, into room for a tail ------------------------------------------------------------------
 
 
-def normed_input(stack: Stack, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+def normed_input(stack: LoraStack, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
     """norm(x) [n, D + R] with its tail still to be filled, and its rstd."""
     wide = stack.new_input(len(x))
     _, rstd = rms_norm_fwd(x, norm.weight, norm.eps, norm.offset, out=wide[:, : stack.K])

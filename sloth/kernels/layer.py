@@ -17,11 +17,19 @@ from torch import Tensor, nn
 
 from sloth.errors import KernelUnavailable
 from sloth.kernels.context import BlockContext
+from sloth.kernels.fp8 import (
+    BaseCompute,
+    FP8Stack,
+    FP8Weight,
+    require_fp8,
+    require_fp8_stack,
+    stamp,
+)
 from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
 from sloth.kernels.ops.glu import Activation
 from sloth.kernels.rows import compute_dtype
-from sloth.kernels.stacked import Stack, StackShape
+from sloth.kernels.stacked import LoraStack, Stack, StackShape
 
 # Stack name -> paths of its projections inside a block, in stacking order.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -58,7 +66,7 @@ class FusedLayer:
     """What a twin needs of one block, prepared: its stacks, its norms, what fills the scratch.
 
     resident: its NF4 matrices stay unpacked, in scratch of its own; DoRA, whose gains change them
-    at every step, refuses it (KernelUnavailable).
+    at every step, and products of 8-bit floats refuse it (KernelUnavailable).
     stacks: by name. norms: modules with weight, eps and offset. matrices: A, B and magnitudes of
     every projection in stack order, None without one or while the adapter is switched off.
     """
@@ -83,7 +91,12 @@ class FusedLayer:
         if wiring.qk_norms:
             self.qk_norms = attention.q_norm, attention.k_norm
         self.head_dim, self.scale, self.dtype = attention.head_dim, attention.scale, dtype
-        self.stacks: dict[str, Stack] = {}
+        self.stacks: dict[str, LoraStack] = {}
+        self.base_compute = workspace.base_compute
+        if resident and self.base_compute is not None:
+            raise KernelUnavailable(
+                f"a layer with base_compute={self.base_compute!r} keeps nothing unpacked"
+            )
         for name, paths in GROUPS.items():
             shared = None if resident else workspace
             members = [modules[path] for path in paths]
@@ -102,7 +115,7 @@ class FusedLayer:
         if resident:
             self._codes.run()
             self._codes = NF4Batch([])
-        self._state = [_state(member) for member in self.members]
+        self._state = self._states()
         self.matrices: list[Tensor | None] = []
         for member in self.members:
             lora = member.lora
@@ -117,7 +130,12 @@ class FusedLayer:
     def is_current(self, dtype: torch.dtype, resident: bool) -> bool:
         """Whether nothing it was prepared from has been replaced since."""
         same = dtype == self.dtype and resident == self.resident
-        return same and self._state == [_state(member) for member in self.members]
+        return same and self._state == self._states()
+
+    def _states(self) -> list[tuple[Any, ...]]:
+        """Of every member; copies in 8 bits must notice too what is written in place."""
+        states = [_state(member) for member in self.members]
+        return states + [stamp(m) for m in self.members if self.base_compute == "fp8"]
 
     def fill(self) -> None:
         """Unpack the codes and write A and B as they are now: two launches.
@@ -166,10 +184,16 @@ class FusedLayer:
 
 
 class Workspace:
-    """Scratch and prepared layers of one network."""
+    """Scratch and prepared layers of one network.
 
-    def __init__(self) -> None:
+    base_compute: what the products with frozen matrices run on, `fp8.BaseCompute`.
+    """
+
+    def __init__(self, base_compute: BaseCompute = None) -> None:
+        self.base_compute = base_compute
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
+        # By first member of a stack; an adapter that is switched leaves them as they are.
+        self._fp8: WeakKeyDictionary[nn.Module, tuple[Any, FP8Weight]] = WeakKeyDictionary()
         self.stash = HostStash()
         self._layers: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
 
@@ -177,6 +201,7 @@ class Workspace:
         """Give all of it back; layers are prepared again when they next run."""
         self._scratch.clear()
         self._layers.clear()
+        self._fp8.clear()
 
     def scratch(
         self, name: str, shape: StackShape, dtype: torch.dtype, device: torch.device
@@ -186,6 +211,19 @@ class Workspace:
         if key not in self._scratch:
             self._scratch[key] = shape.scratch(dtype, device)
         return self._scratch[key]
+
+    def fp8_stack(
+        self, name: str, members: list[Any], shape: StackShape, dtype: torch.dtype
+    ) -> FP8Stack:
+        """A stack of 8-bit floats, its matrices cast anew only if one was replaced or written."""
+        state = dtype, [stamp(member) for member in members]
+        known = self._fp8.get(members[0])
+        if known is None or known[0] != state:
+            known = self._fp8[members[0]] = state, FP8Weight.of(members, dtype)
+        key = (name, shape, dtype, known[1].rows.device)
+        if key not in self._scratch:
+            self._scratch[key] = shape.factors(*key[2:])
+        return FP8Stack(members, shape, self._scratch[key], known[1])
 
     def layer(
         self, block: nn.Module, wiring: Wiring, dtype: torch.dtype, resident: bool
@@ -220,7 +258,7 @@ def prepare(
 
 def _prepare_stack(
     name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace | None
-) -> Stack:
+) -> LoraStack:
     shape = StackShape(
         members[0].in_features,
         tuple(member.out_features for member in members),
@@ -229,6 +267,10 @@ def _prepare_stack(
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
     is_dora = any(_magnitudes(member) is not None for member in members)
+    if workspace is not None and workspace.base_compute == "fp8":
+        require_fp8(device, dtype)
+        require_fp8_stack(name, shape, is_dora)
+        return workspace.fp8_stack(name, members, shape, dtype)
     gains = None
     if is_dora:
         gains = torch.empty(shape.num_outputs, dtype=compute_dtype(dtype), device=device)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sloth.kernels.layer import FusedLayer
-from sloth.kernels.stacked import Factors, Masks, Outputs, Stack
+from sloth.kernels.stacked import Factors, LoraStack, Masks, Outputs
 
 _KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
 # Of these, what may wait in host memory.
@@ -139,7 +139,7 @@ class Gradients:
         """
         if not self.wants(name):
             return
-        stack: Stack = self._stacks[name]
+        stack: LoraStack = self._stacks[name]
         low, masks = saved.lows[name][rows], saved.masks_of(name, rows)
         new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], outputs)
         old = self._factors.get(name)

@@ -82,6 +82,12 @@ class StackShape:
         rows, columns = self.num_outputs + self.rank, self.num_inputs + self.rank
         return torch.zeros(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
 
+    def factors(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros for A [R, K] and sB [N, R] alone, one behind the other."""
+        return torch.zeros(
+            self.rank * (self.num_inputs + self.num_outputs), dtype=dtype, device=device
+        )
+
 
 def padded(n: int) -> int:
     """The next multiple of 64."""
@@ -96,28 +102,27 @@ Wanted = Sequence[tuple[bool, bool, bool]]
 Outputs = Sequence[Tensor] | None
 
 
-class Stack:
-    """One stack of a layer, in a scratch that `layer.FusedLayer.fill` keeps current.
+class LoraStack:
+    """What a twin sees of a stack: the members, their LoRA, and the two directions.
 
-    gains: one for each output row, fp32 or wider, of a stack with DoRA; None for another.
+    How the product with W itself is formed is the subclass's: `Stack` here, `fp8.FP8Stack`.
+    A [R, K], sB [N, R]: what the members' factors are copied into, zero elsewhere. gains: one for
+    each output row, fp32 or wider, of a stack with DoRA; None for another.
     """
 
     def __init__(
         self,
         members: Sequence[Any],
         shape: StackShape,
-        scratch: Tensor,
+        A: Tensor,
+        sB: Tensor,
         gains: Tensor | None = None,
     ) -> None:
-        self.members, self.shape, self.scratch = list(members), shape, scratch
+        self.members, self.shape, self.A, self.sB = list(members), shape, A, sB
         self.slots = shape.slots
         self.K, self.N, self.R = shape.num_inputs, shape.num_outputs, shape.rank
-        self.A, self.sB = scratch[self.N :, : self.K], scratch[: self.N, self.K :]
         self.bias = _stacked_bias(self.members, shape)
         self.gains = gains
-        self._squared: Tensor | None = None
-        if gains is not None:
-            self._squared = torch.cat([m.squared_norms(gains.dtype) for m in self.members])
 
     @property
     def is_dora(self) -> bool:
@@ -127,29 +132,20 @@ class Stack:
     # -- what fills the scratch ------------------------------------------------------------------
 
     def codes(self, with_gains: bool = True) -> list[NF4Part]:
-        """What unpacks each quantized member, with or without DoRA's gains."""
-        parts = []
-        for member, slot in zip(self.members, self.slots, strict=True):
-            base, place = member.base, self.scratch[slot.rows, : self.K]
-            if isinstance(base, NF4Weight):
-                parts.append(NF4Part(base, place, self._gains_at(slot) if with_gains else None))
-        return parts
+        """What unpacks each quantized member at every pass, with or without DoRA's gains."""
+        return []
 
     def copies(self, with_gains: bool = True) -> list[CopyPart]:
-        """What copies every A and B; a switched-off adapter counts as zero. With DoRA's gains dense
-        matrices come along, which take them."""
+        """What copies every A and B; a switched-off adapter counts as zero."""
         parts = []
         for member, slot in zip(self.members, self.slots, strict=True):
-            gains = self._gains_at(slot) if with_gains else None
-            if gains is not None and isinstance(member.base, Tensor):
-                parts.append(CopyPart(member.base, self.scratch[slot.rows, : self.K], 1.0, gains))
             if member.lora_slot is None:
                 continue
             lora: LoraOperands = member.lora_slot
             on = 1.0 if member.lora_enabled else 0.0
-            place = self.sB[slot.rows, slot.ranks]
+            gains = self._gains_at(slot) if with_gains else None
             parts.append(CopyPart(lora.A, self.A[slot.ranks], on))
-            parts.append(CopyPart(lora.B, place, on * lora.scale, gains))
+            parts.append(CopyPart(lora.B, self.sB[slot.rows, slot.ranks], on * lora.scale, gains))
         return parts
 
     def _gains_at(self, slot: Slot) -> Tensor | None:
@@ -157,29 +153,7 @@ class Stack:
 
     def take_gains(self) -> None:
         """DoRA's gains of the factors as they are; codes, A and B stand in the scratch without."""
-        assert self.gains is not None and self._squared is not None
-        whole = None
-        if all(isinstance(member.base, NF4Weight) for member in self.members):
-            base = self.scratch[: self.N, : self.K]
-            whole = adapted_norms(base, self.A, self.sB, self._squared)
-        for member, slot in zip(self.members, self.slots, strict=True):
-            own = None if member.lora is None else member.lora.magnitude
-            if own is None:
-                self.gains[slot.rows] = 1.0
-                continue
-            norms = own.norms
-            if norms is None:
-                norms = self._norms_at(slot, member) if whole is None else whole[slot.rows]
-            self.gains[slot.rows] = gains_of(own.m.detach(), norms)
-
-    def _norms_at(self, slot: Slot, member: Any) -> Tensor:
-        """Of one member, whose dense matrix is read where it lies."""
-        assert self._squared is not None
-        weight = self.scratch[slot.rows, : self.K]
-        if isinstance(member.base, Tensor):
-            weight = member.base.detach().to(weight.dtype)
-        A, sB = self.A[slot.ranks], self.sB[slot.rows, slot.ranks]
-        return adapted_norms(weight, A, sB, self._squared[slot.rows])
+        raise NotImplementedError
 
     def output_parts(self, y: Tensor) -> Outputs:
         """Y [n, N] by members, where a gradient of magnitudes will ask for it."""
@@ -188,12 +162,12 @@ class Stack:
     # -- the two directions ----------------------------------------------------------------------
 
     def new_input(self, num_rows: int) -> Tensor:
-        """Room for [X U], [T, K + R], with rows that are aligned."""
-        return _wide(num_rows, self.K + self.R, self.scratch)
+        """Room for X [T, K] and what `forward` puts behind it, with rows that are aligned."""
+        raise NotImplementedError
 
     def new_output_gradient(self, num_rows: int) -> Tensor:
         """Room for [dY V], [T, N + R]."""
-        return _wide(num_rows, self.N + self.R, self.scratch)
+        return wide_rows(num_rows, self.N + self.R, self.A)
 
     def forward(
         self,
@@ -203,25 +177,26 @@ class Stack:
         out: Tensor | None = None,
         member: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [T, K + R], its first K columns filled -> (Y [T, N], U [T, R]).
+        """x from `new_input`, its first K columns filled -> (Y [T, N], U [T, R]).
 
-        masks: dropout of each member's LoRA input. add [T, N] joins the sum before it is rounded.
-        member: this member's columns alone, [T, its N].
+        masks: dropout of each member's LoRA input. add [T, N] joins the sum. out: takes Y. member:
+        this member's columns alone, [T, its N].
         """
-        rows = slice(0, self.N) if member is None else self.slots[member].rows
-        weight, bias = self.scratch[rows], None if self.bias is None else self.bias[rows]
-        if not self.R:
-            return _product(x, weight, bias, add, out), x.new_empty(len(x), 0)
+        raise NotImplementedError
+
+    def input_gradient(self, dy: Tensor, masks: Masks = None) -> Tensor:
+        """dX [T, K] of a spread dy [T, N + R]."""
+        raise NotImplementedError
+
+    def low_product(self, x: Tensor, masks: Masks) -> Tensor:
+        """U = X A^T [T, R]; with masks, of each member's own dropped X."""
+        x = x[:, : self.K]
         if masks is None:
-            low = x[:, : self.K] @ self.A.T
-            x[:, self.K :] = low
-            return _product(x, weight, bias, add, out), low
+            return x @ self.A.T
         low = x.new_zeros(len(x), self.R)
         for slot, mask in zip(self.slots, masks, strict=True):
-            source = _dropped(x[:, : self.K], mask)
-            low[:, slot.ranks] = source @ self.A[slot.ranks].T
-        y = _product(x[:, : self.K], weight[:, : self.K], bias, add, out)
-        return y.addmm_(low, self.sB[rows].T), low
+            low[:, slot.ranks] = _dropped(x, mask) @ self.A[slot.ranks].T
+        return low
 
     def spread(self, dy: Tensor) -> Tensor:
         """Fill V, the last R columns of dy [T, N + R], from the first N; returns dy."""
@@ -229,13 +204,13 @@ class Stack:
             torch.mm(dy[:, : self.N], self.sB, out=dy[:, self.N :])
         return dy
 
-    def input_gradient(self, dy: Tensor, masks: Masks = None) -> Tensor:
-        """dX [T, K] of a spread dy [T, N + R]."""
+    def add_lora_gradient(self, dx: Tensor, dy: Tensor, masks: Masks) -> Tensor:
+        """dX [T, K] of the base, plus what comes through A of a spread dy, in place."""
+        v = dy[:, self.N :]
         if masks is None:
-            return dy @ self.scratch[:, : self.K]
-        dx = dy[:, : self.N] @ self.scratch[: self.N, : self.K]
+            return dx.addmm_(v, self.A) if self.R else dx
         for slot, mask in zip(self.slots, masks, strict=True):
-            dx += _dropped(dy[:, self.N :][:, slot.ranks] @ self.A[slot.ranks], mask)
+            dx += _dropped(v[:, slot.ranks] @ self.A[slot.ranks], mask)
         return dx
 
     def factor_gradients(
@@ -279,11 +254,103 @@ class Stack:
         return factors
 
 
+class Stack(LoraStack):
+    """One stack of a layer, in a scratch that `layer.FusedLayer.fill` keeps current."""
+
+    def __init__(
+        self,
+        members: Sequence[Any],
+        shape: StackShape,
+        scratch: Tensor,
+        gains: Tensor | None = None,
+    ) -> None:
+        N, K = shape.num_outputs, shape.num_inputs
+        super().__init__(members, shape, scratch[N:, :K], scratch[:N, K:], gains)
+        self.scratch = scratch
+        self._squared: Tensor | None = None
+        if gains is not None:
+            self._squared = torch.cat([m.squared_norms(gains.dtype) for m in self.members])
+
+    def codes(self, with_gains: bool = True) -> list[NF4Part]:
+        parts = []
+        for member, slot in zip(self.members, self.slots, strict=True):
+            base, place = member.base, self.scratch[slot.rows, : self.K]
+            if isinstance(base, NF4Weight):
+                parts.append(NF4Part(base, place, self._gains_at(slot) if with_gains else None))
+        return parts
+
+    def copies(self, with_gains: bool = True) -> list[CopyPart]:
+        """With DoRA's gains dense matrices come along, which take them."""
+        parts = super().copies(with_gains)
+        for member, slot in zip(self.members, self.slots, strict=True):
+            gains = self._gains_at(slot) if with_gains else None
+            if gains is not None and isinstance(member.base, Tensor):
+                parts.append(CopyPart(member.base, self.scratch[slot.rows, : self.K], 1.0, gains))
+        return parts
+
+    def take_gains(self) -> None:
+        assert self.gains is not None and self._squared is not None
+        whole = None
+        if all(isinstance(member.base, NF4Weight) for member in self.members):
+            base = self.scratch[: self.N, : self.K]
+            whole = adapted_norms(base, self.A, self.sB, self._squared)
+        for member, slot in zip(self.members, self.slots, strict=True):
+            own = None if member.lora is None else member.lora.magnitude
+            if own is None:
+                self.gains[slot.rows] = 1.0
+                continue
+            norms = own.norms
+            if norms is None:
+                norms = self._norms_at(slot, member) if whole is None else whole[slot.rows]
+            self.gains[slot.rows] = gains_of(own.m.detach(), norms)
+
+    def _norms_at(self, slot: Slot, member: Any) -> Tensor:
+        """Of one member, whose dense matrix is read where it lies."""
+        assert self._squared is not None
+        weight = self.scratch[slot.rows, : self.K]
+        if isinstance(member.base, Tensor):
+            weight = member.base.detach().to(weight.dtype)
+        A, sB = self.A[slot.ranks], self.sB[slot.rows, slot.ranks]
+        return adapted_norms(weight, A, sB, self._squared[slot.rows])
+
+    def new_input(self, num_rows: int) -> Tensor:
+        """[X U], [T, K + R]."""
+        return wide_rows(num_rows, self.K + self.R, self.scratch)
+
+    def forward(
+        self,
+        x: Tensor,
+        masks: Masks = None,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+        member: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One product of [X U] [T, K + R], the sum with `add` rounded once; with masks two."""
+        rows = slice(0, self.N) if member is None else self.slots[member].rows
+        weight, bias = self.scratch[rows], None if self.bias is None else self.bias[rows]
+        if not self.R:
+            return _product(x, weight, bias, add, out), x.new_empty(len(x), 0)
+        if masks is None:
+            low = self.low_product(x, None)
+            x[:, self.K :] = low
+            return _product(x, weight, bias, add, out), low
+        low = self.low_product(x, masks)
+        y = _product(x[:, : self.K], weight[:, : self.K], bias, add, out)
+        return y.addmm_(low, self.sB[rows].T), low
+
+    def input_gradient(self, dy: Tensor, masks: Masks = None) -> Tensor:
+        if masks is None:
+            return dy @ self.scratch[:, : self.K]
+        dx = dy[:, : self.N] @ self.scratch[: self.N, : self.K]
+        return self.add_lora_gradient(dx, dy, masks)
+
+
 def _dtype_of(matrices: list[Tensor]) -> torch.dtype:
     return matrices[0].dtype
 
 
-def _wide(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+def wide_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
+    """Room for rows whose stride is aligned, in the dtype of `like`."""
     return like.new_empty(num_rows, padded(num_columns))[:, :num_columns]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sloth.embedding import Embedding, TokenRows
 from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.dispatch import Level, ops_of, twin_of
+from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
@@ -61,12 +62,14 @@ class Decoder(OpModule):
     """A causal language model. Subclasses fill `model`, `lm_head` (None when tied) and `specs`.
 
     model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
-    c tanh(logits / c); None for plain ones.
+    c tanh(logits / c); None for plain ones. base_compute: what the fused level's products with
+    frozen matrices run on, read by `set_level`.
     """
 
     model_type: str
     lm_head: Projection | None
     final_softcap: float | None = None
+    base_compute: BaseCompute = None
 
     def __init__(
         self, config: Any, model: Stack, lm_head: Projection | None, specs: list[LayerSpec]
@@ -113,7 +116,7 @@ class Decoder(OpModule):
         for module in self.modules():
             if isinstance(module, OpModule):
                 module.ops = ops_of(level)
-        self.workspace = Workspace()
+        self.workspace = Workspace(self.base_compute)
         self.run_block = run_plain
         if level == "fused":
             self.run_block = run_fused(self.model_type, self.workspace)

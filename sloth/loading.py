@@ -12,6 +12,7 @@ from sloth.dtypes import resolve_dtype
 from sloth.errors import KernelUnavailable, TokenizerMissing
 from sloth.formats.adapter import read_adapter
 from sloth.formats.hub import read_license, resolve
+from sloth.kernels.fp8 import check_base_compute
 from sloth.lora import load_adapter_tensors
 from sloth.model import Model
 from sloth.new_tokens import grow_network, rows_of_adapter
@@ -26,6 +27,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     level: str = "auto",
+    base_compute: str | None = None,
     revision: str | None = None,
     ignore_config: Sequence[str] = (),
 ) -> Model:
@@ -37,10 +39,16 @@ def load(
     new tokens brings their rows and the tokenizer beside it.
     device: "auto" is CUDA when there is one. dtype: "auto" is bf16 on a GPU, fp32 on a CPU.
     level: "auto", or a kernel level by name: reference, ops, fused.
+    base_compute: "fp8" freezes the base and multiplies by its matrices in 8-bit floats wherever the
+    fused level runs, an approximation that trains faster (`kernels/fp8.py`); on GPUs of compute
+    capability 8.9 or above in bf16, emulated on a CPU. Files are written from the base as loaded.
     revision: branch, tag or commit on the hub. ignore_config: config.json keys to leave unread.
-    A dense load leaves every parameter trainable, an NF4 load none until `add_lora`.
-    Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, KernelUnavailable.
+    A dense load leaves every parameter trainable; an NF4 load, or one with base_compute, none until
+    `add_lora`.
+    Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, KernelUnavailable,
+    and ValueError for a setting that there is not.
     """
+    compute = check_base_compute(base_compute)
     where = _device(device)
     found = resolve(str(name), revision)
     parts = assemble(
@@ -50,6 +58,8 @@ def load(
         dtype=resolve_dtype(dtype, where),
         ignore_config=ignore_config,
     )
+    if compute is not None:
+        parts.network.requires_grad_(False)
     model = Model(
         parts.network,
         parts.hf_config,
@@ -61,6 +71,7 @@ def load(
         requested_level=level,
         is_quantized=parts.is_quantized,
         frozen_base=adapter is not None,
+        base_compute=compute,
     )
     if adapter is not None:
         files = read_adapter(Path(adapter))

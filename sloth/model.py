@@ -19,6 +19,7 @@ from sloth import exporting, exporting_gguf, new_tokens
 from sloth.errors import AdapterMismatch, KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
+from sloth.kernels.fp8 import BaseCompute, refuse_dora, require_fp8
 from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
@@ -58,8 +59,10 @@ class Model:
         requested_level: str = "auto",
         is_quantized: bool = False,
         frozen_base: bool = False,
+        base_compute: BaseCompute = None,
     ) -> None:
         self.network = network
+        network.base_compute = base_compute
         self.hf_config = hf_config
         self.name, self.revision, self.wrapper = name, revision, wrapper
         self.license = license
@@ -72,6 +75,8 @@ class Model:
         self._new_ids: list[int] = []
         self._requested_level = requested_level
         self._planner = Planner(network)
+        if base_compute is not None:
+            require_fp8(self.device, self.dtype)
         if not frozen_base:  # with an adapter on its way the base is about to be frozen
             self._update_level()
 
@@ -223,6 +228,8 @@ class Model:
         self._tokenizer = tokenizer
 
     def _attach(self, config: LoraConfig, strict: bool) -> None:
+        if self.network.base_compute is not None and config.use_dora:
+            refuse_dora()
         config = new_tokens.carrying(config, self.network, self._new_ids)
         attach_lora(self.network, config, strict)
         self.lora_config = config
@@ -239,7 +246,10 @@ class Model:
             for name, parameter in self.network.model.layers.named_parameters()
         )
         self.level, self.level_reason = choose_level(
-            self._requested_level, self.network.model_type, trainable_base
+            self._requested_level,
+            self.network.model_type,
+            trainable_base,
+            self.network.base_compute,
         )
         self.network.set_level(self.level)
         self._planner.forget()

@@ -17,6 +17,7 @@ from sloth.dtypes import resolve_dtype
 from sloth.errors import BudgetTooSmall, UnsupportedConfig
 from sloth.formats.hub import resolve
 from sloth.kernels.context import Keep
+from sloth.kernels.fp8 import check_base_compute
 from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
 from sloth.lora_config import LoraConfig
@@ -125,14 +126,17 @@ def estimate(
     dtype: str | torch.dtype = "bfloat16",
     revision: str | None = None,
     ignore_config: Sequence[str] = (),
+    base_compute: str | None = None,
 ) -> Plan:
     """The plan of a LoRA step and its predicted peak, from config.json alone: no weights are read.
 
     memory_gib: the budget; default: all of the first GPU, or no budget without one. quant: "nf4"
-    for QLoRA; None as the files are. Raises UnknownModel, UnsupportedConfig, NoTargets.
+    for QLoRA; None as the files are. base_compute: as for `load`. Raises UnknownModel,
+    UnsupportedConfig, NoTargets.
     """
     where = resolve(str(name), revision, weights=False).path
     network = _on_meta(where, quant, resolve_dtype(dtype, torch.device("cpu")), ignore_config)
+    network.base_compute = check_base_compute(base_compute)
     attach_lora(network, lora or LoraConfig())
     if memory_gib is None and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()

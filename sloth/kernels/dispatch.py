@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sloth.errors import KernelUnavailable
+from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Wiring
 from sloth.kernels.ops import (
     add_rms_norm,
@@ -110,18 +111,29 @@ def twin_of(model_type: str) -> Callable[..., Tensor]:
     return module.block
 
 
-def choose_level(requested: str, model_type: str, trainable_base: bool) -> tuple[Level, str]:
+def choose_level(
+    requested: str, model_type: str, trainable_base: bool, base_compute: BaseCompute = None
+) -> tuple[Level, str]:
     """Level to run and the reason, for `sloth info`.
 
     requested: "auto" or a level by name. trainable_base: whether a parameter inside the blocks,
-    other than an adapter's, needs a gradient. Raises KernelUnavailable when a level asked for
-    cannot run.
+    other than an adapter's, needs a gradient. base_compute: not None asks for the fused level, the
+    only one that has it. Raises KernelUnavailable when a level asked for cannot run.
     """
     obstacle = None
     if model_type not in TWINS:
         obstacle = f"{model_type} has no fused twin yet"
     elif trainable_base:
         obstacle = "the base is trainable, and the fused twin derives no base gradients"
+    if base_compute is not None:
+        if obstacle is None and requested not in ("auto", "fused"):
+            obstacle = f"level={requested!r} was asked for"
+        if obstacle:
+            raise KernelUnavailable(
+                f"base_compute={base_compute!r} is computed by the fused level alone, and it "
+                f"cannot run: {obstacle}. Load without base_compute"
+            )
+        return "fused", f"base_compute={base_compute!r}: frozen matrices in 8 bits, approximately"
     if requested == "auto":
         if obstacle:
             return "ops", obstacle

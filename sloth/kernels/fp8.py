@@ -76,9 +76,8 @@ def _unpacked(members: Sequence[Any], dtype: torch.dtype) -> Tensor:
     if len(bases) == 1 and isinstance(bases[0], Tensor):
         return bases[0].detach().to(dtype)
     num_rows, num_columns = sum(m.out_features for m in members), members[0].in_features
-    dense = torch.empty(
-        num_rows, num_columns, dtype=dtype, device=_codes_or_values(bases[0]).device
-    )
+    device = _codes_or_values(bases[0]).device
+    dense = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
     places = dense.split([member.out_features for member in members])
     for base, place in zip(bases, places, strict=True):
         if isinstance(base, Tensor):
@@ -151,9 +150,9 @@ class FP8Stack(LoraStack):
 
 def check_base_compute(value: str | None) -> BaseCompute:
     """The setting, or ValueError."""
-    if value is None or value == "fp8":
-        return value
-    raise ValueError(f"base_compute must be 'fp8' or None, got {value!r}")
+    if value not in (None, "fp8"):
+        raise ValueError(f"base_compute must be 'fp8' or None, got {value!r}")
+    return "fp8" if value else None
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
@@ -165,7 +164,7 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
         return
     if device.type != "cuda":
         raise KernelUnavailable(
-            f"base_compute='fp8' runs on CUDA and, emulated, on a CPU: {device}"
+            f"base_compute='fp8' runs on CUDA and, emulated, on a CPU; the model is on {device}"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
@@ -181,13 +180,18 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def refuse_dora() -> None:
+    """Raise KernelUnavailable: rows cast once cannot follow gains that change every step."""
+    raise KernelUnavailable(
+        "base_compute='fp8' casts the frozen matrices once, and DoRA scales their rows at every "
+        "step; attach LoRA without use_dora, or load without base_compute"
+    )
+
+
 def require_fp8_stack(name: str, shape: StackShape, is_dora: bool) -> None:
     """Raise KernelUnavailable for a stack that cannot be one of 8-bit floats."""
     if is_dora:
-        raise KernelUnavailable(
-            f"base_compute='fp8' casts the frozen matrices once, and DoRA scales their rows at "
-            f"every step ({name}); attach LoRA without use_dora, or load without base_compute"
-        )
+        refuse_dora()
     sizes = (shape.num_inputs, *shape.outputs)
     if any(size % MULTIPLE for size in sizes):
         raise KernelUnavailable(

@@ -127,7 +127,8 @@ def make_plan(
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)
     _, keeps, on_host = best
-    if sizes.quantized and not any(sizes.dora):  # whose gains change the unpacked rows each step
+    # DoRA's gains change the unpacked rows each step; products in 8 bits never read them.
+    if sizes.quantized and not any(sizes.dora) and not sizes.fp8:
         keeps = _with_residents(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 

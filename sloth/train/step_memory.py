@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sloth.kernels.context import Keep
 from sloth.kernels.dispatch import wiring_of
+from sloth.kernels.fp8 import TURNED_COLUMNS
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.kernels.stacked import padded
 
@@ -38,6 +39,7 @@ class NetworkSizes:
     trainable: elements trained. post_norms: whether a norm follows each half. dora: whether the
     stacks qkv, o, gate_up and down have DoRA's magnitudes. head_gradient: bytes of the gradient of
     the head's matrix, and of the copy that an adapter on it is computed with; 0 if it is frozen.
+    fp8: whether the products with frozen matrices run on copies of them in 8 bits.
     """
 
     num_layers: int
@@ -57,6 +59,7 @@ class NetworkSizes:
     post_norms: bool = False
     dora: tuple[bool, bool, bool, bool] = (False, False, False, False)
     head_gradient: int = 0
+    fp8: bool = False
 
     @property
     def stack_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -76,6 +79,19 @@ class NetworkSizes:
     def layer_scratch(self) -> int:
         """Their sum."""
         return sum(self.stack_scratch)
+
+    @property
+    def fp8_copies(self) -> int:
+        """Bytes of a layer's matrices in 8 bits, as they are and turned, with their scales."""
+        sizes = self.stack_sizes if self.fp8 else ()
+        return sum(2 * outputs * inputs + 4 * (outputs + inputs) for outputs, inputs in sizes)
+
+    @property
+    def fp8_casting(self) -> int:
+        """Bytes held while these are made: a stack unpacked, and columns of it turned."""
+        sizes = self.stack_sizes if self.fp8 else ()
+        elements = [outputs * (inputs + min(TURNED_COLUMNS, inputs)) for outputs, inputs in sizes]
+        return max(elements, default=0) * self.element
 
     @classmethod
     def of(cls, network: Any) -> NetworkSizes:
@@ -114,6 +130,7 @@ class NetworkSizes:
             post_norms=len(wiring_of(network.model_type).norms) == 4,
             dora=(q_dora, o_dora, g_dora, d_dora),
             head_gradient=_head_gradient(network),
+            fp8=network.base_compute == "fp8",
         )
 
 
@@ -165,22 +182,25 @@ class StepMemory:
         """Name -> bytes that do not depend on the batch."""
         s = self.sizes
         num_resident = sum(keep.resident for keep in keeps)
-        return {
+        parts = {
             "weights": s.weights + (0 if embedding_on_host else s.embedding),
             "gradients and moments": 12 * s.trainable,
             "scratch": self._scratch_bytes(),
             "unpacked layers": num_resident * s.layer_scratch,
             "workspaces": _WORKSPACES,
         }
+        return parts | ({"copies in 8 bits": s.num_layers * s.fp8_copies} if s.fp8 else {})
 
     def _scratch_bytes(self) -> int:
         """Of matrices unpacked, or copied for DoRA's gains, into what all layers share; other dense
         ones live in scratch of their own, whose padding alone is new. DoRA: gains, squared norms,
-        and what taking them holds."""
+        and what taking them holds. With copies in 8 bits, of A and B alone."""
         s, total = self.sizes, 0
         parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, strict=True)
         for (outputs, inputs), rank, scratch, is_dora in parts:
-            if s.quantized or is_dora:
+            if s.fp8:
+                total += (outputs + inputs) * rank * s.element
+            elif s.quantized or is_dora:
                 total += scratch
             else:
                 total += s.num_layers * (scratch - outputs * inputs * s.element)
@@ -213,6 +233,11 @@ class StepMemory:
         s = self.sizes
         return s.dora[0] * (s.queries + (s.qkv - s.queries) // 2)
 
+    @property
+    def _input_tails(self) -> tuple[int, ...]:
+        """Columns behind the inputs of the stacks, for LoRA's part of one wide product."""
+        return tuple(0 if self.sizes.fp8 else rank for rank in self.sizes.ranks)
+
     def _lse_bytes(self) -> int:
         return 4 * self.sizes.heads
 
@@ -222,24 +247,28 @@ class StepMemory:
         """The most a layer's forward holds beside its input and what earlier layers keep."""
         s, rows = self.sizes, self.rows
         q, o, g, d = s.ranks
+        q_in, o_in, g_in, d_in = self._input_tails
         tile = min(keep.tile_tokens or rows, rows)
         kept = keep.qkv * s.qkv + keep.attention * s.queries + q + o
         moments = (
-            rows * (padded(s.hidden + q) + s.qkv + q),
-            rows
-            * (s.qkv + self._turned_width + s.queries + padded(s.queries + o) + s.hidden + q + o),
-            rows * (kept + 2 * s.hidden + padded(s.hidden + g)),
+            rows * (padded(s.hidden + q_in) + s.qkv + q),
+            rows * (s.qkv + self._turned_width + s.queries + padded(s.queries + o_in))
+            + rows * (s.hidden + q + o),
+            rows * (kept + 2 * s.hidden + padded(s.hidden + g_in)),
             rows * (kept + 2 * s.hidden + g + d)
-            + tile * (padded(s.hidden + g) + 2 * s.ffn + padded(s.ffn + d))
+            + tile * (padded(s.hidden + g_in) + 2 * s.ffn + padded(s.ffn + d_in))
             + (tile * s.hidden if tile < rows or s.dora[3] else 0)
             + (rows * s.hidden if s.dora[3] else 0),
         )
-        return max(moments) * s.element + rows * self._lse_bytes()
+        casts = (rows * s.hidden, rows * s.queries, 0, tile * s.ffn)
+        held = [m * s.element + s.fp8 * c for m, c in zip(moments, casts, strict=True)]
+        return max(*held, s.fp8_casting) + rows * self._lse_bytes()
 
     def backward_bytes(self, keep: Keep) -> int:
         """The most a layer's backward holds beside what it and earlier layers keep."""
         s, rows = self.sizes, self.rows
         q, o, g, d = s.ranks
+        _, o_in, g_in, _ = self._input_tails
         tile = min(keep.tile_tokens or rows, rows)
         arriving = rows * s.hidden  # dy
         remade = (not keep.qkv) * s.qkv + (not keep.attention) * s.queries
@@ -247,20 +276,31 @@ class StepMemory:
         into_h = rows * padded(s.hidden + o)  # dh
         if s.post_norms:
             into_h += rows * 2 * s.hidden  # h, which is always made again, and its gradient apart
-        to_h = rows * (remade + padded(s.queries + o) + s.hidden)
-        mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g) + padded(s.hidden + g)
+        to_h = rows * (remade + padded(s.queries + o_in) + s.hidden)
+        mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g) + padded(s.hidden + g_in)
         # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
         apart = s.dora[2] * (not keep.up) * 2 * s.ffn
         remade_h += s.dora[1] * s.hidden
-        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + s.ffn + apart)
+        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + apart)
+        # The gradient of gate times up; in 8 bits, or what is made again before it finds its place,
+        # or the MLP's input's gradient beside the cast one of gate and up.
+        mlp_works = [s.ffn * s.element + s.fp8 * s.hidden]
+        if s.fp8:
+            again = ((not keep.gate) + (not keep.up)) * s.ffn
+            mlp_works += [again * s.element + s.hidden, s.hidden * s.element + 2 * s.ffn]
         # Attention: do, then dq, dk, dv, and the stacked dqkv.
         turned = self._turned_width + s.queries + 2 * s.qkv + padded(s.qkv + q)
         attention = rows * (remade + turned) + into_h
         end = rows * (padded(s.qkv + q) + 3 * s.hidden + s.dora[0] * remade) + into_h
-        held = max(to_h, mlp, end, attention)
+        held = max(
+            to_h * s.element + s.fp8 * rows * s.queries,
+            mlp * s.element + tile * max(mlp_works),
+            end * s.element + s.fp8 * rows * s.qkv,
+            attention * s.element,
+        )
         # What comes back for this layer, and for the next one ahead.
         offloaded = 2 * rows * self.movable_width(keep) if keep.offload else 0
-        return (arriving + held + offloaded) * s.element + rows * self._lse_bytes()
+        return held + (arriving + offloaded) * s.element + rows * self._lse_bytes()
 
     def head_bytes(self) -> int:
         """Final norm, gathered rows, their gradient, a chunk of logits, the head's gradient."""

@@ -154,3 +154,25 @@ FLOAT32_ROUNDING = 1e-6
 # fp32 sums of 300 products of size 1 (so of size 17, or near 0 after a cancellation) in two orders:
 # 3e-6 seen, sqrt(300) * 17 * 2^-24 = 2e-5 expected at most.
 FP32_COLUMN_SUMS = {"rtol": 1e-5, "atol": 2e-5}
+
+# e4m3 has three bits of mantissa: half a unit in the last place is 2^-4 of an element at most.
+# Below 2^-6 its steps are 2^-9, half of which an element loses at most, in units of its row's scale.
+E4M3_RELATIVE, E4M3_ABSOLUTE = 2.0**-4, 2.0**-10
+
+# RMS error of a product of two matrices of e4m3 numbers over the product's own size. Errors of
+# elements are spread over +-2^-4 of their size at worst, RMS 2^-4 / sqrt(3); two factors, whose
+# errors of random sign add up as the terms do: sqrt(2) times that, 0.051.
+E4M3_PRODUCT = 2.0**-4 * (2 / 3) ** 0.5
+
+# The same of a layer's output, and of its gradients: four such products follow one another on the
+# longest way forward, four more on the way back; their errors add up in squares.
+E4M3_LAYER = 4**0.5 * E4M3_PRODUCT
+E4M3_LAYER_GRADIENT = 8**0.5 * E4M3_PRODUCT
+
+# Cosine of an adapter's gradient in a layer with products of 8-bit floats to that without: the
+# promise.
+E4M3_GRADIENT_COSINE = 0.99
+
+# Hopper adds up products of 8-bit floats with about 14 bits, and the result is rounded to bf16: RMS
+# error over the size of the result against the same numbers added up in fp32.
+FP8_SUMS = 2.0**-7

@@ -28,6 +28,7 @@ from sloth.kernels.ops.attention import attention, attention_reference
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from sloth.kernels.ops.batch import CopyBatch, CopyPart, NF4Batch, NF4Part
 from sloth.kernels.ops.dora import column_dots
+from sloth.kernels.ops.fp8_cast import FP8, fp8_cast
 from sloth.kernels.ops.glu import glu
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
 from sloth.kernels.ops.linear_log_probs import linear_log_probs
@@ -240,6 +241,24 @@ def column_dots_of_tails_and_several_spans(dtype: torch.dtype) -> None:
                 with forced_engine(engine), nan_poisoned_empty():
                     results.append(column_dots(dy, y, bias))
             torch.testing.assert_close(*results, **tolerance.FP32_COLUMN_SUMS)
+
+
+@case
+def fp8_cast_of_any_row(dtype: torch.dtype) -> None:
+    for rows, cols in ((5, 64), (3, 1000), (1, 1)):
+        x = randn(rows, cols, dtype=dtype) * 10.0 ** torch.arange(-2, rows - 2)[:, None]
+        x = x.to(dtype)
+        x[-1] = 0 if rows > 1 else x[-1]
+        for view in (x, non_contiguous(x), inner_strided(x)):
+            out = torch.full((rows, cols + 16), 7.0).to(FP8)
+            with forced_engine("triton"), nan_poisoned_empty():
+                actual, into = fp8_cast(view), fp8_cast(view, out[:, :cols])
+            with forced_engine("torch"):
+                expected = fp8_cast(view)
+            for x8, scales in (actual, into):
+                torch.testing.assert_close(x8.float(), expected[0].float(), **tolerance.BIT_EXACT)
+                torch.testing.assert_close(scales, expected[1], **tolerance.BIT_EXACT)
+            assert (out[:, cols:].float() == 7).all()
 
 
 @case

@@ -221,13 +221,14 @@ def _verify(model: Model, folder: Path, dtype: torch.dtype, is_requantized: bool
 
 @torch.no_grad()
 def probe_logits(network: Any, device: torch.device) -> Tensor:
-    """Logits [1, 16, V] in fp32 of fixed random tokens, dropout off."""
+    """Logits [1, 16, V] in fp32 of fixed random tokens, dropout off, by the matrices as stored."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = network.config.vocab_size
     tokens = torch.randint(vocabulary, (1, min(PROBE_TOKENS, vocabulary)), generator=generator)
     was_training = network.training
     network.eval()
-    logits = network(tokens.to(device)).float()
+    with network.as_stored():
+        logits = network(tokens.to(device)).float()
     network.train(was_training)
     return logits
 

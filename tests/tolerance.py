@@ -156,7 +156,7 @@ FLOAT32_ROUNDING = 1e-6
 FP32_COLUMN_SUMS = {"rtol": 1e-5, "atol": 2e-5}
 
 # e4m3 has three bits of mantissa: half a unit in the last place is 2^-4 of an element at most.
-# Below 2^-6 its steps are 2^-9, half of which an element loses at most, in units of its row's scale.
+# Below 2^-6 its steps are 2^-9, and half of one is lost at most, in units of the row's scale.
 E4M3_RELATIVE, E4M3_ABSOLUTE = 2.0**-4, 2.0**-10
 
 # RMS error of a product of two matrices of e4m3 numbers over the product's own size. Errors of

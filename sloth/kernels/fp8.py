@@ -106,8 +106,9 @@ class FP8Stack(LoraStack):
     def __init__(
         self, members: Sequence[Any], shape: StackShape, factors: Tensor, weight: FP8Weight
     ) -> None:
-        A, sB = factors.split((shape.rank * shape.num_inputs, shape.rank * shape.num_outputs))
-        super().__init__(members, shape, A.view(shape.rank, -1), sB.view(-1, shape.rank))
+        K, N, R = shape.num_inputs, shape.num_outputs, shape.rank
+        A, sB = factors.split((R * K, N * R))
+        super().__init__(members, shape, A.view(R, K), sB.view(N, R))
         self.weight = weight
 
     def new_input(self, num_rows: int) -> Tensor:

@@ -8,7 +8,8 @@ plugs in. Shapes: B batch, T tokens, D model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,6 +121,18 @@ class Decoder(OpModule):
         self.run_block = run_plain
         if level == "fused":
             self.run_block = run_fused(self.model_type, self.workspace)
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside, nothing is computed with `base_compute`: blocks run as their model file writes
+        them where it is set."""
+        before = self.run_block
+        if self.base_compute is not None:
+            self.run_block = run_plain
+        try:
+            yield
+        finally:
+            self.run_block = before
 
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None

@@ -6,8 +6,9 @@
 
 Every program runs in a process of its own, one at a time. A shape is BATCHxLENGTH; a trailing p
 packs its rows with short documents (1x8192p). `--sloth` takes several settings of sloth to measure
-side by side: sloth, sloth:LEVEL, sloth@GIB (the process is capped at that many GiB). With
-`--rounds 2` the programs run a second time in the opposite order and a row is the median round.
+side by side: sloth, sloth:LEVEL, sloth@GIB (the process is capped at that many GiB), and sloth-fp8
+(frozen products in 8 bits, whose losses may differ by more). With `--rounds 2` the programs run a
+second time in the opposite order and a row is the median round.
 
 Random checkpoints are made once in --checkpoints. Results are written after every process, so a
 run that is cut short keeps what it has. A table whose losses or gradients disagree shows no speeds,
@@ -71,17 +72,19 @@ def parse_shape(text: str) -> tuple[int, int, bool]:
 
 
 def program(who: str) -> list[str]:
-    """Module and options that measure a contender: a peer's name, or sloth[:LEVEL][@GIB]."""
+    """Module and options that measure a contender: a peer's name, or a setting of sloth."""
     if who in PEERS:
         module, variant = PEERS[who]
         return [module, "--variant", variant]
-    found = re.fullmatch(r"sloth(?::(\w+))?(?:@([\d.]+))?", who)
+    found = re.fullmatch(r"sloth(?:-(fp8)|:(?!fp8)(\w+))?(?:@([\d.]+))?", who)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"{who!r} is neither sloth[:LEVEL][@GIB] nor one of {', '.join(PEERS)}"
+            f"{who!r} is neither sloth[:LEVEL][@GIB], sloth-fp8[@GIB] nor one of "
+            + ", ".join(PEERS)
         )
-    options = ["--variant", found[1]] if found[1] else []
-    return ["benchmarks.train.sloth_step", *options, *(["--memory-gib", found[2]] * bool(found[2]))]
+    variant, cap_gib = found[1] or found[2], found[3]
+    options = ["--variant", variant] if variant else []
+    return ["benchmarks.train.sloth_step", *options, *(["--memory-gib", cap_gib] * bool(cap_gib))]
 
 
 class Processes:

@@ -209,6 +209,14 @@ def test_different_training_is_refused(other: dict[str, float], word: str) -> No
     assert reason is not None and word in reason
 
 
+def test_products_in_8_bits_may_be_off_by_their_share_and_no_more() -> None:
+    exact = [train_row("sloth"), train_row("hf", first_loss=12.252)]
+    assert disagreement([*exact, train_row("sloth-fp8@30", first_loss=12.30)]) is None
+    assert disagreement([train_row("sloth-fp8", first_loss=12.30)]) is None
+    reason = disagreement([*exact, train_row("sloth-fp8", first_loss=12.32)])
+    assert reason is not None and "sloth-fp8" in reason
+
+
 def test_a_table_that_disagrees_shows_no_speed() -> None:
     text = render(results(train_row("sloth", ms=123.4), train_row("hf", first_loss=11.0)))
     assert "No speeds: first losses differ" in text and "123.4" not in text
@@ -300,12 +308,14 @@ def test_percentiles() -> None:
 def test_shapes_and_contenders_are_parsed() -> None:
     assert run.parse_shape("1x8192p") == (1, 8192, True)
     assert run.program("sloth:ops@8.05")[1:] == ["--variant", "ops", "--memory-gib", "8.05"]
+    assert run.program("sloth-fp8@30")[1:] == ["--variant", "fp8", "--memory-gib", "30"]
     assert run.program("unsloth-best") == ["benchmarks.peers.unsloth_step", "--variant", "best"]
     for text in ("2048", "4x", "4x2048q"):
         with pytest.raises(argparse.ArgumentTypeError):
             run.parse_shape(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="neither sloth"):
-        run.program("axolotl")
+    for who in ("axolotl", "sloth:fp8", "sloth-ops"):
+        with pytest.raises(argparse.ArgumentTypeError, match="neither sloth"):
+            run.program(who)
 
 
 def test_a_failing_process_says_why() -> None:

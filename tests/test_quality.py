@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.quality.run import draw, finals, smoothed, verdict
+from benchmarks.quality.gradients import cosines
+from benchmarks.quality.run import draw, finals, fp8_verdict, smoothed, verdict
 
 
 def run(name: str, seed: int, final: float) -> dict[str, Any]:
@@ -32,11 +34,27 @@ def test_sloth_is_judged_by_its_mean_inside_the_peers_spread(losses, inside):
     assert ("OUTSIDE" in line) is not inside
 
 
+@pytest.mark.parametrize("final, near", [(1.004, True), (0.9, True), (1.006, False)])
+def test_products_in_8_bits_are_judged_by_sloths_mean(final, near):
+    runs = [run("sloth", 0, 0.98), run("sloth", 1, 1.02), run("fp8", 0, final)]
+    passed, line = fp8_verdict(runs)
+    assert passed is near and ("OUTSIDE" in line) is not near
+
+
+def test_cosines_of_gradients_leave_out_what_is_zero():
+    expected = {"a": torch.tensor([[3.0, 0.0]]), "b": torch.ones(2), "c": torch.zeros(2)}
+    actual = {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([1.0, 0.0]), "c": torch.ones(2)}
+    found = cosines(actual, expected)
+    assert found["worst"] == pytest.approx(0.5**0.5)
+    assert found["median"] == pytest.approx(1.0)
+    assert found["all"] == pytest.approx(10 / (11 * 10) ** 0.5)
+
+
 def test_smoothed_is_a_trailing_mean():
     assert smoothed([4.0, 2.0, 6.0, 0.0], width=2) == [4.0, 3.0, 4.0, 3.0]
 
 
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    draw([*PEERS, run("sloth", 0, 1.02)], tmp_path / "quality.svg")
+    draw([*PEERS, run("sloth", 0, 1.02), run("fp8", 0, 1.03)], tmp_path / "quality.svg")
     assert (tmp_path / "quality.svg").read_text().count("<svg") == 1

@@ -1,11 +1,13 @@
 """Does it train as well? The same QLoRA run on real text in sloth and in the peer, several seeds.
 
     python -m benchmarks.quality.run --model MODEL --gsm8k FOLDER --work WORK --out OUT
+    python -m benchmarks.quality.run --programs sloth,fp8 --model MODEL ...
     python -m benchmarks.quality.run --draw OUT/quality.json
 
 MODEL is a folder, alias or GGUF file of a real model; FOLDER holds gsm8k_train.jsonl and
 gsm8k_test.jsonl. Programs run in processes of their own, one after the other. The verdict: sloth's
-mean held-out loss lies between the peer's best and worst seed.
+mean held-out loss lies between the peer's best and worst seed. The program fp8 is sloth with the
+frozen products in 8-bit floats; its mean is held against sloth's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from typing import Any
 from benchmarks.quality.work import prepare
 from benchmarks.run import Processes
 
-PROGRAMS = {"sloth": "benchmarks.quality.sloth_run", "hf": "benchmarks.quality.hf_run"}
+PROGRAMS = {
+    "sloth": "benchmarks.quality.sloth_run",
+    "hf": "benchmarks.quality.hf_run",
+    "fp8": "benchmarks.quality.fp8_run",
+}
+# How far the mean held-out loss in 8 bits may lie above that without, of its size.
+FP8_TOLERANCE = 0.005
 SMOOTHED_STEPS = 20
 Runs = list[dict[str, Any]]
 
@@ -42,6 +50,19 @@ def verdict(runs: Runs) -> tuple[bool, str]:
     )
 
 
+def fp8_verdict(runs: Runs) -> tuple[bool, str]:
+    """Whether products in 8 bits train as well as those without, and a line that says so."""
+    exact, approximate = (
+        sum(finals(runs, name)) / len(finals(runs, name)) for name in ("sloth", "fp8")
+    )
+    above = approximate / exact - 1
+    near = above <= FP8_TOLERANCE
+    return near, (
+        f"held-out loss: fp8 {approximate:.4f}, sloth {exact:.4f}: {above:+.2%}, "
+        f"{'within' if near else 'OUTSIDE'} {FP8_TOLERANCE:.1%}"
+    )
+
+
 def smoothed(losses: Sequence[float], width: int = SMOOTHED_STEPS) -> list[float]:
     """Means of the last `width` steps."""
     return [
@@ -55,7 +76,7 @@ def draw(runs: Runs, path: Path) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     train, held_out = figure.subplots(1, 2)
-    colours = {"sloth": "#3465a4", "hf": "#cc4400"}
+    colours = {"sloth": "#3465a4", "hf": "#cc4400", "fp8": "#4e9a06"}
     for run in runs:
         look = {"color": colours[run["name"]], "alpha": 0.7, "linewidth": 1}
         label = run["name"] if run["seed"] == runs[0]["seed"] else None
@@ -70,15 +91,19 @@ def draw(runs: Runs, path: Path) -> None:
     figure.savefig(path)
 
 
+# program -> what holds it and sloth against each other.
+JUDGES = {"hf": verdict, "fp8": fp8_verdict}
+
+
 def measured(args: argparse.Namespace) -> Runs:
     """Prepare the work folder and run every program with every seed."""
     seeds = [int(seed) for seed in args.seeds.split(",")]
     prepare(args.model, args.gsm8k, args.work, args.steps, seeds)
     processes, runs = Processes(args.peer_site, args.timeout), []
     for seed in seeds:
-        for name, module in PROGRAMS.items():
-            command = [module, str(args.work), "--seed", str(seed)]
-            results, why = processes.run(command, is_peer=name != "sloth")
+        for name in args.programs.split(","):
+            command = [PROGRAMS[name], str(args.work), "--seed", str(seed)]
+            results, why = processes.run(command, is_peer=name == "hf")
             if why is not None:
                 sys.exit(f"{name}, seed {seed}: {why}")
             runs += results
@@ -99,6 +124,7 @@ def main() -> None:
     add("--out", type=Path, help="folder for quality.json")
     add("--steps", type=int, default=400)
     add("--seeds", default="0,1,2", help="by commas")
+    add("--programs", default="sloth,hf", help="by commas: " + ", ".join(PROGRAMS))
     add("--peer-site", type=Path, help="folder that tools/pack_peers.py's tarball was unpacked to")
     add("--timeout", type=float, default=600, help="seconds that one process may take")
     add("--draw", type=Path, help="only draw quality.svg beside this quality.json")
@@ -108,9 +134,13 @@ def main() -> None:
         return
     if not (args.model and args.gsm8k and args.work and args.out):
         parser.error("--model, --gsm8k, --work and --out are needed")
-    inside, line = verdict(measured(args))
-    print(line)
-    sys.exit(not inside)
+    asked = set(args.programs.split(","))
+    if not {"sloth"} < asked <= set(PROGRAMS):
+        parser.error(f"--programs takes sloth and more of {', '.join(PROGRAMS)}")
+    runs = measured(args)
+    verdicts = [judge(runs) for name, judge in JUDGES.items() if name in asked]
+    print("\n".join(line for _, line in verdicts))
+    sys.exit(not all(good for good, _ in verdicts))
 
 
 if __name__ == "__main__":

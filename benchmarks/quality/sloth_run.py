@@ -6,13 +6,16 @@ import sloth
 from benchmarks.quality.work import ALPHA, DEVICE, DTYPE, RANK, arguments, train
 
 
-def main() -> None:
-    args = arguments(__doc__ or "")
-    model = sloth.load(args.work / "model", dtype=DTYPE, device=str(DEVICE))
+def run(name: str, description: str, base_compute: str | None = None) -> None:
+    """One run under a name; base_compute as in `sloth.load`."""
+    args = arguments(description)
+    model = sloth.load(
+        args.work / "model", dtype=DTYPE, device=str(DEVICE), base_compute=base_compute
+    )
     model.add_lora(r=RANK, alpha=ALPHA)
     model.network.train()
-    train("sloth", args, model.loss, [p for p in model.network.parameters() if p.requires_grad])
+    train(name, args, model.loss, [p for p in model.network.parameters() if p.requires_grad])
 
 
 if __name__ == "__main__":
-    main()
+    run("sloth", __doc__ or "")

@@ -14,6 +14,7 @@ from torch import Tensor
 import sloth
 from sloth.errors import BudgetTooSmall, KernelUnavailable
 from sloth.kernels.context import POLICIES, Keep
+from sloth.kernels.fp8 import BaseCompute
 from sloth.models.llama import LlamaConfig, LlamaDecoder
 from sloth.planning import Planner, estimate
 from sloth.quant.linear4bit import Linear4bit
@@ -191,9 +192,12 @@ def test_estimate_reads_no_weights_and_agrees_with_the_loaded_model(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compute", [None, "fp8"])
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("share", [1.2, 0.8, 0.55])
-def test_predicted_peak_is_within_five_percent(quantized: bool, share: float) -> None:
+def test_predicted_peak_is_within_five_percent(
+    quantized: bool, share: float, compute: BaseCompute
+) -> None:
     config = LlamaConfig.from_hf(
         {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
         | {"num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -209,7 +213,8 @@ def test_predicted_peak_is_within_five_percent(quantized: bool, share: float) ->
     for module in network.modules():
         if isinstance(module, Linear4bit):
             module.quantize_(torch.randn(module.out_features, module.in_features, device="cuda"))
-    model = sloth.Model(network, {}, None, name="random", is_quantized=quantized, frozen_base=True)
+    kinds: Any = {"is_quantized": quantized, "frozen_base": True, "base_compute": compute}
+    model = sloth.Model(network, {}, None, name="random", **kinds)
     model.add_lora(sloth.LoraConfig(r=16))
     trainable = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, fused=True)

@@ -220,6 +220,7 @@ def test_the_base_is_cast_again_only_if_it_changed() -> None:
         for module in block.modules():
             if isinstance(module, Projection):
                 module.lora_enabled = True
+        assert casts() == 0
         with torch.no_grad():
             block.mlp.up_proj.weight.mul_(2)
         assert casts() == 1

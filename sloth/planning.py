@@ -48,7 +48,7 @@ class Planner:
         """After an adapter came or went: sizes and plans are those of another network."""
         self._sizes, self._max_resident = None, None
         self._plans.clear()
-        self.network.workspace.clear()
+        self.network.release()
 
     def keeps(self, batch: int, seq: int) -> Sequence[Keep]:
         """What each layer keeps for a batch of this shape."""

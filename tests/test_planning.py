@@ -228,3 +228,24 @@ def test_predicted_peak_is_within_five_percent(
         optimizer.step()
     measured = (torch.cuda.max_memory_allocated() - before) / 2**30
     assert abs(plan.predicted_gib / measured - 1) < 0.05, (plan.predicted_gib, measured)
+
+
+def test_small_batches_are_recorded_where_the_host_would_be_late() -> None:
+    def recorded(batch: int, seq: int, budget: float) -> bool:
+        keeps = make_plan(SIZES_8B, batch, seq, budget).keeps
+        assert len({keep.recorded for keep in keeps}) == 1
+        return keeps[0].recorded
+
+    assert recorded(1, 2048, 80.0) and recorded(1, 64, 80.0)
+    assert not recorded(4, 2048, 80.0)
+    assert not recorded(1, 2048, 7.0)  # what is kept waits in host memory
+    dora = replace(SIZES_8B, dora=(True, True, True, True))
+    assert not make_plan(dora, 1, 2048, 80.0).keeps[0].recorded
+
+
+def test_a_recording_is_only_planned_where_its_memory_fits() -> None:
+    memory = StepMemory(SIZES_8B, 1, 2048)
+    plain, recorded = [Keep()] * 32, [Keep(recorded=True)] * 32
+    between = (memory.peak(plain, False) + memory.peak(recorded, False)) / 2
+    plan = make_plan(SIZES_8B, 1, 2048, between / 2**30 / (1 - FRAGMENTATION))
+    assert not plan.keeps[0].recorded and plan.fits

@@ -20,6 +20,7 @@ class Keep:
     None for all; the products are then not kept. offload: the layer's input and what else is kept,
     but for gate and up, wait in host memory.
     resident: its NF4 matrices stay unpacked instead of being unpacked twice a step.
+    recorded: of all layers or none: the passes are replayed as CUDA graphs (`recording.py`).
     """
 
     attention: bool = True
@@ -30,6 +31,7 @@ class Keep:
     tile_tokens: int | None = None
     offload: bool = False
     resident: bool = False
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         if self.tile_tokens is not None and (self.gate or self.up):

@@ -7,7 +7,7 @@ and the next one fills it anew. So a workspace serves one stream at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -127,6 +127,16 @@ class FusedLayer:
         """Whether the products before RoPE are wanted again: by norms of q and k, or by DoRA."""
         return self.qk_norms is not None or self.qkv.is_dora
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether a projection has magnitudes."""
+        return bool(self._dora)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the next forward draws masks."""
+        return any(m.lora_dropout and m.training and m.lora is not None for m in self.members)
+
     def is_current(self, dtype: torch.dtype, resident: bool) -> bool:
         """Whether nothing it was prepared from has been replaced since."""
         same = dtype == self.dtype and resident == self.resident
@@ -157,7 +167,7 @@ class FusedLayer:
 
     def draw_dropout_masks(self, like: Tensor) -> dict[str, list[Tensor | None]]:
         """Per stack with dropout, one byte for each input element of each member with a LoRA."""
-        if not any(m.lora_dropout and m.training and m.lora is not None for m in self.members):
+        if not self.has_dropout:
             return {}
         masks: dict[str, list[Tensor | None]] = {}
         for name, stack in self.stacks.items():
@@ -224,6 +234,11 @@ class Workspace:
         if key not in self._scratch:
             self._scratch[key] = shape.factors(*key[2:])
         return FP8Stack(members, shape, self._scratch[key], known[1])
+
+    def prepared(self, blocks: Iterable[nn.Module]) -> list[FusedLayer] | None:
+        """The blocks as they were last prepared; None if one has not been yet."""
+        layers = [self._layers.get(block) for block in blocks]
+        return None if None in layers else [layer for layer in layers if layer is not None]
 
     def layer(
         self, block: nn.Module, wiring: Wiring, dtype: torch.dtype, resident: bool

@@ -23,6 +23,7 @@ from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
 from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
 from sloth.kernels.ops.lora_linear import gains_of
+from sloth.kernels.recording import Recorder
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
@@ -83,7 +84,16 @@ class Decoder(OpModule):
         self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
         self.run_block: RunBlock = run_plain
         self.planner: Planner | None = None
-        self.workspace = Workspace()
+        self._use(Workspace())
+
+    def _use(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.recorder = Recorder(self._run_layers, list(self.model.layers), workspace)
+
+    def release(self) -> None:
+        """Give back what fused layers prepared: scratch, layers that stay unpacked, recordings."""
+        self.workspace.clear()
+        self.recorder.forget()
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +127,7 @@ class Decoder(OpModule):
         for module in self.modules():
             if isinstance(module, OpModule):
                 module.ops = ops_of(level)
-        self.workspace = Workspace(self.base_compute)
+        self._use(Workspace(self.base_compute))
         self.run_block = run_plain
         if level == "fused":
             self.run_block = run_fused(self.model_type, self.workspace)
@@ -146,9 +156,14 @@ class Decoder(OpModule):
         tokens = tokens.to(self.model.embed_tokens.weight.device)
         hidden = self.model.embed_tokens(tokens).to(self.device)
         contexts = self._contexts(hidden, positions, cache)
-        for index, block in enumerate(self.model.layers):
-            hidden = self.run_block(block, hidden, contexts[index])
-        return self.model.norm(hidden)
+        recorded = contexts[0].keep.recorded and positions is None  # a replay reads its own tables
+        run = self.recorder if recorded else self._run_layers
+        return self.model.norm(run(hidden, contexts))
+
+    def _run_layers(self, hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
+        for block, context in zip(self.model.layers, contexts, strict=True):
+            hidden = self.run_block(block, hidden, context)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""

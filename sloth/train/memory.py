@@ -8,6 +8,7 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     the MLP       how many rows at a time, where all of them at once would not fit
     what is kept  on the device, or (but for gate and up) waiting in host memory
     embedding     on the device or, where it is not the head too, in host memory
+    recording     whether the layers are replayed as CUDA graphs, where the host would be late
     NF4 layers    how many stay unpacked, with memory that is left over
 
 The steps up from P1 are taken in order of time saved per byte. The prediction counts what the
@@ -29,6 +30,8 @@ from sloth.train.step_memory import GIB, NetworkSizes, StepMemory
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
 # Bytes/s to and from pinned memory, and the share of a copy's time that layers beside it lose.
 _HOST_RATE, _UNHIDDEN = 55e9, 0.08
+# What the host needs to launch a layer's two passes (2 to 4.5 ms measured).
+_HOST_SECONDS = 4e-3
 # A token's row looked up by the CPU and sent.
 _HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, from fast to small; all at once up to the first.
@@ -71,7 +74,7 @@ class Plan:
         names = {replace(keep, tile_tokens=None): name for name, keep in POLICIES.items()}
         counts: dict[str, int] = {}
         for keep in self.keeps:
-            bare = replace(keep, tile_tokens=None, offload=False, resident=False)
+            bare = replace(keep, tile_tokens=None, offload=False, resident=False, recorded=False)
             counts[names[bare]] = counts.get(names[bare], 0) + 1
         layers = ", ".join(f"{name} x {counts[name]}" for name in sorted(counts))
         first = self.keeps[0]
@@ -85,6 +88,7 @@ class Plan:
             f"kept tensors  {kept}",
             f"embedding     {'in host memory' if self.embedding_on_host else 'on the device'}",
             f"unpacked      {sum(keep.resident for keep in self.keeps)} layers stay so",
+            f"launches      {'recorded, then replayed' if first.recorded else 'by the host'}",
         ]
         lines += [f"  {name:<24}{gib:8.2f} GiB" for name, gib in self.parts.items()]
         return "\n".join(lines)
@@ -127,6 +131,9 @@ def make_plan(
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)
     _, keeps, on_host = best
+    if not keeps[0].offload and not any(sizes.dora) and is_host_bound(memory):
+        trial = [replace(keep, recorded=True) for keep in keeps]
+        keeps = trial if memory.peak(trial, on_host) <= budget else keeps
     # DoRA's gains change the unpacked rows each step; products in 8 bits never read them.
     if sizes.quantized and not any(sizes.dora) and not sizes.fp8:
         keeps = _with_residents(memory, keeps, on_host, budget)
@@ -242,6 +249,12 @@ def extra_seconds(sizes: NetworkSizes, seq: int, keep: Keep) -> float:
     copies = 2.0 * StepMemory(sizes, 1, 1).movable_width(keep) * sizes.element * keep.offload
     replay = products / _PRODUCT_RATE + attention / _ATTENTION_RATE
     return replay + _UNHIDDEN * copies / _HOST_RATE
+
+
+def is_host_bound(memory: StepMemory) -> bool:
+    """Whether the device is done with a layer before the host has launched the next one."""
+    weights = sum(outputs * inputs for outputs, inputs in memory.sizes.stack_sizes)
+    return 4.0 * weights * memory.rows / _PRODUCT_RATE < _HOST_SECONDS
 
 
 def _with_residents(

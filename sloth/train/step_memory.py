@@ -341,7 +341,15 @@ class StepMemory:
             moments = [(kept, forward + x + leaving), (kept + own, backward)]
             worst = max(worst, *moments, key=sum)
             kept += own
+        if keeps[0].recorded:
+            return worst[0], worst[1] + self._beside_recording()
         return max(worst, (kept, self.head_bytes() + leaving), key=sum)
+
+    def _beside_recording(self) -> int:
+        """A recording keeps its memory: the head works beside it, gradients leave as copies, input
+        and output and its gradient are buffers of their own."""
+        s = self.sizes
+        return self.head_bytes() + 4 * s.trainable + 3 * self.rows * s.hidden * s.element
 
     def _numbers(self, keep: Keep) -> tuple[int, int, int]:
         return self.kept_bytes(keep), self.forward_bytes(keep), self.backward_bytes(keep)

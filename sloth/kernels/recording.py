@@ -1,0 +1,220 @@
+"""All fused layers as two CUDA graphs, forward and backward, for batches too small for the host.
+
+A layer is about forty launches each way, 2 to 4 ms of the host's time. Where the device is done
+sooner, it waits for them. So the layers of a batch shape that comes again and again are recorded
+once and then replayed, each pass by one call (`Plan.recorded` says where that pays).
+
+What a replay reads and writes stays where it was when recorded: the input, the tables, what is
+kept for the backward, the gradients. So a recording serves one forward at a time. A second one
+before the first one's backward runs unrecorded, as does whatever is not the recorded shape;
+gradients leave as copies of their own. A recording ends when the shape changes or anything it read
+is replaced.
+
+Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sloth.kernels.context import BlockContext, Keep
+from sloth.kernels.layer import FusedLayer, Workspace
+
+# Passes of one shape in a row before it is recorded: the first ones compile kernels.
+_TRIES = 2
+
+# Hidden states [B, T, D] through every layer.
+RunLayers = Callable[[Tensor, Sequence[BlockContext]], Tensor]
+
+
+class Passes(Protocol):
+    """Both directions of the layers, on memory of their own."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, T, D] after the layers; overwritten by the next call."""
+
+    def backward(self, d_hidden: Tensor) -> list[Tensor]:
+        """Gradients: of the input if it wanted one, then of the trained matrices; copies."""
+
+
+# (run, hidden, contexts, trained matrices) -> passes.
+Record = Callable[[RunLayers, Tensor, Sequence[BlockContext], list[Tensor]], Passes]
+
+
+class GraphPasses:
+    """Two CUDA graphs that share a memory pool: what the forward keeps, the backward reads."""
+
+    def __init__(
+        self,
+        run: RunLayers,
+        hidden: Tensor,
+        contexts: Sequence[BlockContext],
+        matrices: list[Tensor],
+    ) -> None:
+        self._contexts = contexts  # their tables are read by every replay
+        self._input = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        sources = [self._input] * hidden.requires_grad + matrices
+        with torch.cuda.graph(self._forward):
+            output = run(self._input, contexts)
+        self._d_output = torch.empty_like(output)
+        with torch.cuda.graph(self._backward, pool=self._forward.pool()):
+            grads = list(torch.autograd.grad(output, sources, self._d_output))
+            self._d_input = grads.pop(0) if hidden.requires_grad else None
+            self._flat = torch.cat([grad.flatten() for grad in grads])
+        self._output = output.detach()
+        self._sizes, self._shapes = [g.numel() for g in grads], [g.shape for g in grads]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Replay the forward."""
+        self._input.detach().copy_(hidden)
+        self._forward.replay()
+        return self._output.detach()
+
+    def backward(self, d_hidden: Tensor) -> list[Tensor]:
+        """Replay the backward."""
+        self._d_output.copy_(d_hidden)
+        self._backward.replay()
+        parts = self._flat.clone().split(self._sizes)
+        grads = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return grads if self._d_input is None else [self._d_input.clone(), *grads]
+
+
+class _Call:
+    """One forward whose backward may still come."""
+
+
+class Recorder:
+    """Runs the layers of a network, recorded where their contexts ask for it.
+
+    run: the layers, unrecorded. blocks: their modules, as `workspace` knows them.
+    """
+
+    def __init__(
+        self,
+        run: RunLayers,
+        blocks: Sequence[nn.Module],
+        workspace: Workspace,
+        record: Record = GraphPasses,
+    ) -> None:
+        self._run, self._blocks, self._workspace = run, blocks, workspace
+        self._record = record
+        self._shape: object = None
+        self._tries = 0
+        self._recording: _Recording | None = None
+
+    def forget(self) -> None:
+        """Give the recording's memory back."""
+        self._shape, self._tries, self._recording = None, 0, None
+
+    def __call__(self, hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
+        """Hidden states [B, T, D] -> after every layer; differentiable like the layers."""
+        if not torch.is_grad_enabled():
+            return self._run(hidden, contexts)
+        if not all(_repeats(context) for context in contexts):
+            self.forget()
+            return self._run(hidden, contexts)
+        shape = hidden.shape, hidden.dtype, hidden.requires_grad
+        if shape != self._shape:
+            self.forget()
+            self._shape = shape
+        recording = self._recording
+        if recording is not None and not recording.is_current(hidden.dtype, contexts):
+            recording = self._recording = None
+        if recording is None:
+            self._tries += 1
+            layers = self._workspace.prepared(self._blocks)
+            if self._tries <= _TRIES or layers is None or not all(map(_recordable, layers)):
+                return self._run(hidden, contexts)
+            recording = self._recording = _Recording(
+                self._run, layers, hidden, contexts, self._record
+            )
+        if recording.is_busy:
+            return self._run(hidden, contexts)
+        return RecordedLayers.apply(hidden, recording, *recording.matrices)
+
+
+class _Recording:
+    """The passes of one shape, and what they were recorded from."""
+
+    def __init__(
+        self,
+        run: RunLayers,
+        layers: list[FusedLayer],
+        hidden: Tensor,
+        contexts: Sequence[BlockContext],
+        record: Record,
+    ) -> None:
+        self._layers = layers
+        self._keeps = [context.keep for context in contexts]
+        self._flags = _flags(layers)
+        self.matrices = [
+            m for layer in layers for m in layer.matrices if m is not None and m.requires_grad
+        ]
+        self.passes = record(run, hidden, contexts, self.matrices)
+        self._call: Callable[[], _Call | None] = lambda: None
+
+    def is_current(self, dtype: torch.dtype, contexts: Sequence[BlockContext]) -> bool:
+        """Whether a replay would still do what the layers do."""
+        if self._keeps != [context.keep for context in contexts]:
+            return False
+        pairs = zip(self._layers, self._keeps, strict=True)
+        same = all(layer.is_current(dtype, keep.resident) for layer, keep in pairs)
+        return same and self._flags == _flags(self._layers)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a forward waits for its backward."""
+        return self._call() is not None
+
+    def begin(self) -> _Call:
+        """A forward; busy until its backward, or until nothing refers to it any more."""
+        call = _Call()
+        self._call = weakref.ref(call)
+        return call
+
+
+class RecordedLayers(torch.autograd.Function):
+    """Replays a recording. Inputs: hidden states, the recording, its trained matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, recording: _Recording, *matrices: Tensor) -> Tensor:
+        ctx.recording, ctx.call = recording, recording.begin()
+        ctx.save_for_backward(*matrices)  # autograd refuses ones changed in place meanwhile
+        return recording.passes.forward(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        if ctx.call is None:
+            raise RuntimeError(
+                "backward a second time through recorded layers, whose kept tensors are gone; "
+                "run the forward again"
+            )
+        ctx.call = None
+        grads: list[Tensor | None] = [*ctx.recording.passes.backward(d_hidden)]
+        d_input = grads.pop(0) if ctx.needs_input_grad[0] else None
+        return d_input, None, *grads
+
+
+def _repeats(context: BlockContext) -> bool:
+    """Whether a pass with this context is the same launches every time."""
+    keep: Keep = context.keep
+    return keep.recorded and context.cache is None and context.layout.query_documents is None
+
+
+def _recordable(layer: FusedLayer) -> bool:
+    return not layer.is_dora and not layer.has_dropout
+
+
+def _flags(layers: list[FusedLayer]) -> list[bool]:
+    """What of the matrices `FusedLayer.is_current` does not see: which are trained, and dropout."""
+    trained = [m is not None and m.requires_grad for layer in layers for m in layer.matrices]
+    return [layer.has_dropout for layer in layers] + trained

@@ -157,7 +157,21 @@ class _Recording:
         self.matrices = [
             m for layer in layers for m in layer.matrices if m is not None and m.requires_grad
         ]
-        self.passes = record(run, hidden, contexts, self.matrices)
+        # Recorded on aliases: where autograd adds up gradients of the matrices themselves belongs
+        # to the stream of an earlier pass, which must not wait for one that is recorded.
+        aliases = {id(m): m.detach().requires_grad_() for m in self.matrices}
+
+        def run_on_aliases(hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
+            originals = [layer.matrices for layer in layers]
+            for layer in layers:
+                layer.matrices = [aliases.get(id(m), m) for m in layer.matrices]
+            try:
+                return run(hidden, contexts)
+            finally:
+                for layer, matrices in zip(layers, originals, strict=True):
+                    layer.matrices = matrices
+
+        self.passes = record(run_on_aliases, hidden, contexts, list(aliases.values()))
         self._call: Callable[[], _Call | None] = lambda: None
 
     def is_current(self, dtype: torch.dtype, contexts: Sequence[BlockContext]) -> bool:

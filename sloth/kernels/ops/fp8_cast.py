@@ -38,7 +38,9 @@ _MAX_WARPS = 32
 def _fp8_cast_torch(x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = as_rows(x).float()
     largest = wide.abs().amax(1).clamp_min(_SMALLEST)
-    x8 = (wide * (LARGEST / largest)[:, None]).to(FP8)
+    # A number over a tensor would be its product with a reciprocal, rounded twice.
+    gains = torch.full_like(largest, LARGEST) / largest
+    x8 = (wide * gains[:, None]).to(FP8)
     return x8 if out is None else out.copy_(x8), largest * (1 / LARGEST)
 
 

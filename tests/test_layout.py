@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("sloth.model",),
     ("sloth.loading",),
-    ("sloth.arguments", "sloth.data_command"),
+    ("sloth.commands",),
     ("sloth.cli",),
 )
 # Downward by the table, and still not allowed: (importer, imported, why).

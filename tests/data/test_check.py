@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from sloth import cli, data_command
+from sloth import cli
+from sloth.commands import data as data_command
 from sloth.data.check import check_data, epoch_seconds, histogram
 from sloth.data.examples import Example, ExamplesWriter
 from sloth.errors import DataError

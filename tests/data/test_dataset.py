@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sloth import cli
+from sloth.commands.base import Loading
 from sloth.data.check import check_data
 from sloth.data.dataset import StepPlan, _pieces, collate, load_data, order
 from sloth.data.examples import UNTRAINED, Example
@@ -163,7 +164,7 @@ def test_row_28_python_yaml_and_flags_train_on_the_same_tokens(tmp_path, monkeyp
         raise Stop
 
     monkeypatch.setattr(Trainer, "run", run)
-    monkeypatch.setattr(cli.Loading, "load", lambda *rest: TrainModel())
+    monkeypatch.setattr(Loading, "load", lambda *rest: TrainModel())
     given = {"columns": columns, "max_length": 24, "on_long": "split", "packing": True}
     yaml = tmp_path / "run.yaml"
     yaml.write_text(json.dumps(given))

@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from sloth import cli, data_command
+from sloth import cli
+from sloth.commands import data as data_command
 from sloth.data.batches import collate_pairs
 from sloth.data.dataset import load_data
 from sloth.data.examples import UNTRAINED, Example

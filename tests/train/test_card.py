@@ -10,6 +10,7 @@ import yaml
 
 import sloth
 from sloth import cli
+from sloth.commands.base import Loading
 from sloth.data.counts import DataCounts
 from sloth.formats.hub import read_license
 from sloth.lora_config import LoraConfig
@@ -186,7 +187,7 @@ def test_the_runs_folder_tells_where_each_setting_came_from(tmp_path, monkeypatc
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = FakeModel()
     model.train = lambda rows, config: Trainer(model, rows, config).run()
-    monkeypatch.setattr(cli.Loading, "load", lambda *rest: model)
+    monkeypatch.setattr(Loading, "load", lambda *rest: model)
     flags = ["--config", str(file), "--lr", "2e-3", "--output", str(tmp_path / "run")]
     assert cli.main(["train", "m", str(data), *flags]) == 0
     assert re.search(r"^loss \d+\.\d{4} \S{2} \d+\.\d{4}$", capsys.readouterr().out, re.MULTILINE)

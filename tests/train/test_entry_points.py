@@ -46,6 +46,7 @@ def place(tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(sloth, "load", load)
+    monkeypatch.setattr("sloth.loading.load", load)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

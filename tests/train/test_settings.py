@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sloth import cli
+from sloth.commands.base import Loading
 from sloth.errors import NonFiniteGradients, SlothError
 from sloth.lora_config import LoraConfig
 from sloth.train import evaluate
@@ -184,7 +185,7 @@ def test_dry_run_of_the_command_prints_the_plan_and_stops(tmp_path, monkeypatch,
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = FakeModel()
-    monkeypatch.setattr(cli.Loading, "load", lambda *rest: model)
+    monkeypatch.setattr(Loading, "load", lambda *rest: model)
     flags = ["--max-steps", "3", "--output", str(tmp_path / "run"), "--dry-run"]
     assert cli.main(["train", "m", str(data), *flags]) == 0
     said = capsys.readouterr().out

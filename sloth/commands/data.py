@@ -9,22 +9,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
-from rich.console import Console
 
-from sloth.data.check import check_data, epoch_seconds, histogram
-from sloth.data.dataset import say
+from sloth.commands.base import parse
 from sloth.data.settings import OnLong, TrainOn
-from sloth.data.show import describe_first_row
 from sloth.errors import SlothError
-from sloth.formats.gguf import GGUFFile
-from sloth.formats.hub import resolve
-from sloth.linear import Linear
-from sloth.models import ARCHITECTURES
-from sloth.text.tokenizer import Tokenizer
 from sloth.train.config import ObjectiveName, TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from sloth.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,16 +64,21 @@ class Check:
         return load_config(self.config, given)
 
 
-def data(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Check data before training on them."""
     if not arguments or arguments[0] not in ("check", "-h", "--help"):
         found = repr(arguments[0]) if arguments else "nothing"
         raise ValueError(f"`sloth data` has one command, check; got {found}")
     rest = list(arguments[1:]) if arguments[0] == "check" else list(arguments)
-    parsed = tyro.cli(
-        Check, prog="sloth data check", args=rest, config=(tyro.conf.AvoidSubcommands,)
-    )
+    parsed = parse(Check, "data check", rest)
     config = parsed.settings()
+
+    from rich.console import Console
+
+    from sloth.data.check import check_data, epoch_seconds, histogram
+    from sloth.data.dataset import say
+    from sloth.data.show import describe_first_row
+
     tokenizer, num_parameters = _read_model(parsed.model, parsed.revision)
     check = check_data(parsed.data, tokenizer, config, notice=say)
     seconds = None
@@ -101,6 +101,10 @@ def data(arguments: Sequence[str]) -> int:
 
 def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None]:
     """Its tokenizer, and how many parameters it has (None for an architecture not known)."""
+    from sloth.formats.gguf import GGUFFile
+    from sloth.formats.hub import resolve
+    from sloth.text.tokenizer import Tokenizer
+
     path = resolve(name, revision, weights=False).path
     if path.is_file():
         file = GGUFFile(path)
@@ -113,6 +117,11 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None]
 
 
 def _num_parameters(hf_config: dict[str, object]) -> int | None:
+    import torch
+
+    from sloth.linear import Linear
+    from sloth.models import ARCHITECTURES
+
     kind = ARCHITECTURES.get(str(hf_config.get("model_type")))
     if kind is None:
         return None

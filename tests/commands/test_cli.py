@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from sloth import cli
+from sloth.commands.base import Loading
 from sloth.errors import UnknownModel
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig
 from sloth.train.trainer import Trainer, TrainReport
 from tests.train.fakes import ROWS, FakeModel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class CommandModel(FakeModel):
@@ -65,7 +66,7 @@ def loaded(monkeypatch):
         model.loading, model.quant = loading, quant
         return model
 
-    monkeypatch.setattr(cli.Loading, "load", load)
+    monkeypatch.setattr(Loading, "load", load)
     return model
 
 

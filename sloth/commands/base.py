@@ -1,0 +1,107 @@
+"""What commands share: reading flags, naming and loading a model, showing rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from sloth.model import Model
+
+GIB = 2**30
+
+Quant = Literal["nf4"] | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How to load the model."""
+
+    adapter: Path | None = None
+    """PEFT adapter folder to put on the model."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    dtype: str = "auto"
+    """bfloat16, float16, float32, or auto."""
+    level: Literal["auto", "reference", "ops", "fused"] = "auto"
+    """Kernel level."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    def load(self, name: str, quant: str | None) -> Model:
+        """The model, ready."""
+        from sloth.loading import load
+
+        return load(
+            name,
+            quant=quant,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            level=self.level,
+            revision=self.revision,
+        )
+
+
+Loaded = Annotated[Loading, tyro.conf.arg(name="")]
+ModelName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="Alias, hub repository id, folder, or .gguf file."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand:
+    """A command about one model."""
+
+    model: ModelName
+    quant: Quant = None
+    """Load in 4 bits."""
+    loading: Loaded = field(default_factory=Loading)
+
+    def load(self) -> Model:
+        """The model, ready."""
+        return self.loading.load(self.model, self.quant)
+
+
+def parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = None) -> Any:
+    """The flags of `sloth NAME` as a `kind`. Usage errors and --help leave with SystemExit."""
+    given = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        prog=f"sloth {name}",
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+        **given,
+    )
+
+
+def print_rows(rows: Mapping[str, Any]) -> None:
+    """Names and values in two columns."""
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}".rstrip())
+
+
+def stream_answer(
+    model: Model, prompt: Any, max_new_tokens: int, temperature: float, stop: Sequence[str]
+) -> str:
+    """Print an answer as it comes; the whole of it."""
+    pieces = []
+    answer = model.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop=list(stop) or None,
+        stream=True,
+    )
+    for piece in answer:
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sloth.estimating import estimate
     from sloth.loading import load
     from sloth.lora_config import LoraConfig
     from sloth.model import Model
@@ -22,10 +23,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraConfig", "Model", "TrainConfig", "TrainReport", "Trainer", "errors", "load"]
+__all__ = [
+    "LoraConfig",
+    "Model",
+    "TrainConfig",
+    "TrainReport",
+    "Trainer",
+    "errors",
+    "estimate",
+    "load",
+]
 
 # public name -> module that defines it
 _HOMES = {
+    "estimate": "sloth.estimating",
     "load": "sloth.loading",
     "LoraConfig": "sloth.lora_config",
     "Model": "sloth.model",

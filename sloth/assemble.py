@@ -80,7 +80,7 @@ def assemble(
         raise UnsupportedConfig(
             f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    _check_quantization(hf_config)
+    check_quantization(hf_config)
     config_class, decoder_class = ARCHITECTURES[model_type]
     config = config_class.from_hf(hf_config, ignore_config)
     if config.tie_word_embeddings and _has_own_head(source):
@@ -134,7 +134,8 @@ def _tell_left_out(model_type: str, names: Sequence[str]) -> None:
     )
 
 
-def _check_quantization(hf_config: dict[str, Any]) -> None:
+def check_quantization(hf_config: dict[str, Any]) -> None:
+    """Raise UnsupportedConfig for stored weights of a kind that sloth does not read."""
     settings = hf_config.get("quantization_config") or {}
     method = settings.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes" or settings.get("load_in_8bit"):

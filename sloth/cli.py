@@ -16,9 +16,11 @@ from sloth.commands import (
     chat,
     data,
     doctor,
+    estimate,
     export,
     generate,
     info,
+    push,
     train,
 )
 from sloth.errors import SlothError
@@ -32,6 +34,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate.run,
     "chat": chat.run,
     "export": export.run,
+    "estimate": estimate.run,
+    "push": push.run,
     "info": info.run,
     "doctor": doctor.run,
     "data": data.run,

@@ -9,11 +9,12 @@ import torch
 
 from sloth.assemble import assemble
 from sloth.dtypes import resolve_dtype
-from sloth.errors import KernelUnavailable, TokenizerMissing
+from sloth.errors import TokenizerMissing
 from sloth.formats.adapter import read_adapter
 from sloth.formats.hub import read_license, resolve
 from sloth.kernels.fp8 import check_base_compute
 from sloth.lora import load_adapter_tensors
+from sloth.machine import resolve_device
 from sloth.model import Model
 from sloth.new_tokens import grow_network, rows_of_adapter
 from sloth.text.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def load(
     and ValueError for a setting that there is not.
     """
     compute = check_base_compute(base_compute)
-    where = _device(device)
+    where = resolve_device(device)
     found = resolve(str(name), revision)
     parts = assemble(
         Path(found.path),
@@ -90,15 +91,3 @@ def _take_larger_tokenizer(model: Model, adapter: Path) -> None:
         return
     if model.has_tokenizer and tokenizer.vocab_size > model.tokenizer.vocab_size:
         model.take_tokenizer(tokenizer)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise KernelUnavailable(
-            f"device {str(device)!r} was asked for, but torch sees no CUDA device "
-            f"(torch {torch.__version__}); `sloth doctor` tells more"
-        )
-    return chosen

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sloth import __version__
+from sloth.errors import KernelUnavailable
 
 GIB = 2**30
 
@@ -39,6 +40,19 @@ def describe_machine() -> dict[str, str]:
         rows["GPU"] = "none that torch can use; sloth runs on the CPU"
     rows["engine"] = "triton" if torch.cuda.is_available() and has_triton else "torch"
     return rows
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by its name; "auto" is CUDA when there is one. Raises KernelUnavailable."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise KernelUnavailable(
+            f"device {str(device)!r} was asked for, but torch sees no CUDA device "
+            f"(torch {torch.__version__}); `sloth doctor` tells more"
+        )
+    return chosen
 
 
 def _driver() -> str:

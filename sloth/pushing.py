@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sloth import __version__, exporting
-from sloth.errors import UploadFailed
+from sloth.errors import UnknownModel, UploadFailed
 from sloth.formats.hub import is_repo_id
 from sloth.train.redact import Redactor
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from sloth.model import Model
 
 _TOKENS = "https://huggingface.co/settings/tokens"
+# What a run's folder holds of what it trained.
+_TRAINED = ("adapter", "model")
+_SUFFIXES = {".json", ".safetensors", ".md", ".svg", ".png", ".jinja"}
+_NAMES = {"tokenizer.model", "vocab.txt", "merges.txt", "LICENSE", "LICENSE.txt", "NOTICE"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ def push(
 
     Raises ValueError for a name that is none, UploadFailed, AdapterMismatch, CheckpointMismatch.
     """
-    if not is_repo_id(repo_id):
-        raise ValueError(f"{repo_id!r} is no repository of the hub; one is written owner/name")
+    _require_name(repo_id)
     _require_token()
     whole = merged or not model.has_adapter
     with tempfile.TemporaryDirectory(prefix="sloth-push-") as scratch:
@@ -50,6 +53,34 @@ def push(
             exporting.save_adapter(model, folder)
         said = message or f"{'Merged model' if whole else 'LoRA adapter'}, sloth {__version__}"
         return upload(folder, repo_id, private, said)
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool, message: str | None = None) -> Pushed:
+    """Upload a saved adapter or model as it is; of a run's folder what it trained.
+
+    Files that are no part of either are refused, so that none leaves the machine by accident.
+    Raises UnknownModel, ValueError, UploadFailed.
+    """
+    _require_name(repo_id)
+    inner = next((folder / name for name in _TRAINED if (folder / name).is_dir()), folder)
+    is_adapter = (inner / "adapter_config.json").is_file()
+    if not is_adapter and not (inner / "config.json").is_file():
+        raise UnknownModel(
+            f"{folder} holds no adapter_config.json or config.json; give the folder of a saved "
+            "adapter or model, or of a finished run"
+        )
+    files = [path.relative_to(inner) for path in inner.rglob("*") if not path.is_dir()]
+    strange = sorted(str(path) for path in files if not _is_part_of_a_model(path))
+    if strange:
+        raise ValueError(
+            f"{inner} holds files that are no part of a model: {', '.join(strange[:5])}"
+            f"{', ...' if len(strange) > 5 else ''}; nothing is uploaded, take them out first"
+        )
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UnknownModel(f"{inner} holds no weights (*.safetensors); nothing is uploaded")
+    _require_token()
+    said = message or f"{'LoRA adapter' if is_adapter else 'Model'}, sloth {__version__}"
+    return upload(inner, repo_id, private, said)
 
 
 def upload(folder: Path, repo_id: str, private: bool, message: str) -> Pushed:
@@ -65,8 +96,8 @@ def upload(folder: Path, repo_id: str, private: bool, message: str) -> Pushed:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise UploadFailed(
-                f"{repo_id} exists and everyone can read it; give private=False if that is meant, "
-                "or another name"
+                f"{repo_id} exists and everyone can read it; give private=False (--public) if that "
+                "is meant, or another name"
             )
         done = api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message)
     except HfHubHTTPError as error:
@@ -78,6 +109,17 @@ def upload(folder: Path, repo_id: str, private: bool, message: str) -> Pushed:
             "push again, what is there already is not sent twice"
         ) from error
     return Pushed(f"{api.endpoint}/{repo_id}", done.oid)
+
+
+def _is_part_of_a_model(path: Path) -> bool:
+    is_template = path.parent.name == "additional_chat_templates" and path.suffix == ".jinja"
+    is_flat = len(path.parts) == 1 and not path.name.startswith(".")
+    return is_template or (is_flat and (path.suffix in _SUFFIXES or path.name in _NAMES))
+
+
+def _require_name(repo_id: str) -> None:
+    if not is_repo_id(repo_id):
+        raise ValueError(f"{repo_id!r} is no repository of the hub; one is written owner/name")
 
 
 def _require_token() -> None:

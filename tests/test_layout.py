@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "sloth.new_tokens",
         "sloth.pushing",
     ),
-    ("sloth.model",),
+    ("sloth.model", "sloth.estimating"),
     ("sloth.loading",),
     ("sloth.commands",),
     ("sloth.cli",),

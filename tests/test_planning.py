@@ -16,7 +16,7 @@ from sloth.errors import BudgetTooSmall, KernelUnavailable
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.fp8 import BaseCompute
 from sloth.models.llama import LlamaConfig, LlamaDecoder
-from sloth.planning import Planner, estimate
+from sloth.planning import Planner
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train.memory import FRAGMENTATION, extra_seconds, make_plan
 from sloth.train.step_memory import NetworkSizes, StepMemory
@@ -186,7 +186,7 @@ def test_estimate_reads_no_weights_and_agrees_with_the_loaded_model(
     folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    predicted = estimate(tmp_path, seq=256, batch=2, quant="nf4", dtype="float32")
+    predicted = sloth.estimate(tmp_path, seq=256, batch=2, quant="nf4", dtype="float32")
     model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
     assert predicted.predicted_gib == model.plan(batch=2, seq=256).predicted_gib
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from huggingface_hub import constants
 
 import sloth
+from sloth import cli
 from sloth.errors import UploadFailed
 from sloth.pushing import Pushed, push
 from tests.formats.hub_server import PUSHED, READER, WRITER, Traffic, serve
 from tests.oracles import save_tiny_llama
+
+SLOTH = f"sloth {sloth.__version__}"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,45 @@ def test_a_hub_that_is_not_there_is_one_sentence(hub, monkeypatch, model):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UploadFailed, match="me/tuned: the hub could not be reached"):
         model.push("me/tuned")
+
+
+def test_the_command_pushes_a_folder_as_it_is_and_of_a_run_what_it_trained(
+    hub, tmp_path, folders, capsys
+):
+    base, adapter = folders
+    assert cli.main(["push", str(adapter), "me/tuned"]) == 0
+    assert hub.repos == {"me/tuned": True} and hub.messages == [f"LoRA adapter, {SLOTH}"]
+    assert capsys.readouterr().out == f"{hub.address}/me/tuned  private, commit {PUSHED[:12]}\n"
+    copy = unpacked(hub, tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == {
+        p.name: p.read_bytes() for p in adapter.iterdir()
+    }
+    run = tmp_path / "run"
+    shutil.copytree(base, run / "model")
+    (run / "metrics.jsonl").write_text("{}")
+    hub.files.clear()
+    assert cli.main(["push", str(run), "me/whole", "--public", "--message", "first"]) == 0
+    assert hub.repos["me/whole"] is False and hub.messages[1:] == ["first"]
+    assert set(hub.files) == {f"me/whole/{path.name}" for path in base.iterdir()}
+
+
+def test_the_command_uploads_no_strange_file(hub, tmp_path, folders, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[1], copy)
+    for name in (".env", "notes.docx", "deep/adapter_config.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("secret")
+        assert cli.main(["push", str(copy), "me/tuned"]) == 2
+        assert f"no part of a model: {name}; nothing is uploaded" in capsys.readouterr().err
+        (copy / name).unlink()
+    (copy / "adapter_model.safetensors").unlink()
+    assert cli.main(["push", str(copy), "me/tuned"]) == 2
+    assert "holds no weights" in capsys.readouterr().err
+    assert cli.main(["push", str(tmp_path), "me/tuned"]) == 2
+    assert "no adapter_config.json or config.json" in capsys.readouterr().err
+    assert cli.main(["push", str(folders[1]), "tuned"]) == 2
+    assert "one is written owner/name" in capsys.readouterr().err
+    assert not hub.files and not hub.repos
 
 
 @pytest.mark.parametrize("name", ["tuned", "a/b/c", "me/tu ned", "../x/y", ""])

@@ -1,4 +1,4 @@
-"""The commands of `sloth`, a file each: `run(arguments)` parses, works, prints, gives the exit code.
+"""The commands of `sloth`, a file each: `run(arguments)` works, prints, and gives the exit code.
 
 Nothing here imports torch before a command starts to work, so that help is quick.
 """

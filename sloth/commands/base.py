@@ -11,6 +11,7 @@ import tyro
 
 if TYPE_CHECKING:
     from sloth.model import Model
+    from sloth.train.config import TrainConfig
 
 GIB = 2**30
 
@@ -32,10 +33,12 @@ class Loading:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
-    def load(self, name: str, quant: str | None) -> Model:
-        """The model, ready."""
+    def load(self, name: str, quant: str | None, to_train: TrainConfig | None = None) -> Model:
+        """The model, ready. to_train: of a run whose state may be more than the device holds."""
         from sloth.loading import load
 
+        if to_train is not None:
+            self._require_room(name, to_train)
         return load(
             name,
             quant=quant,
@@ -45,6 +48,16 @@ class Loading:
             level=self.level,
             revision=self.revision,
         )
+
+    def _require_room(self, name: str, config: TrainConfig) -> None:
+        if config.lora is None and config.quant is None and self.adapter is None:
+            from sloth.estimating import refuse_full_training
+            from sloth.machine import resolve_device
+
+            device = resolve_device(self.device)
+            refuse_full_training(
+                name, config, device=device, dtype=self.dtype, revision=self.revision
+            )
 
 
 Loaded = Annotated[Loading, tyro.conf.arg(name="")]

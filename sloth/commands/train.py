@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     config = with_overrides(from_file, changed, origin="flag")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    model = parsed.loading.load(parsed.model, config.quant)
+    model = parsed.loading.load(parsed.model, config.quant, config)
     if parsed.dry_run:
         from sloth.train.trainer import Trainer
 

@@ -155,7 +155,7 @@ class Decoder(OpModule):
         """
         tokens = tokens.to(self.model.embed_tokens.weight.device)
         hidden = self.model.embed_tokens(tokens).to(self.device)
-        contexts = self._contexts(hidden, positions, cache)
+        contexts = self.contexts(hidden, positions, cache)
         recorded = contexts[0].keep.recorded and positions is None  # a replay reads its own tables
         run = self.recorder if recorded else self._run_layers
         return self.model.norm(run(hidden, contexts))
@@ -255,7 +255,7 @@ class Decoder(OpModule):
             return self.model.embed_tokens.trained_rows
         return self.lm_head.token_adapter if self.lm_head.lora_enabled else None
 
-    def _contexts(
+    def contexts(
         self, hidden: Tensor, positions: Tensor | None, cache: KVCache | None
     ) -> list[BlockContext]:
         """One context per layer; layers with equal specs share tables and layout."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Masters:
@@ -72,6 +72,6 @@ class Masters:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype not in _SIXTEEN_BITS:
+    if parameter.dtype not in SIXTEEN_BITS:
         return parameter
     return nn.Parameter(parameter.detach().float())

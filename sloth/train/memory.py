@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from sloth.kernels.context import POLICIES, Keep
 from sloth.train.step_memory import GIB, NetworkSizes, StepMemory
 
@@ -46,7 +48,8 @@ _MARGIN = 0.02
 class Plan:
     """What the layers keep for a batch of one shape, and the peak that follows.
 
-    keeps: one a layer, first to last. predicted_gib: peak the allocator hands out in a step.
+    keeps: one a layer, first to last; none outside the fused level, where autograd keeps what it
+    wants. predicted_gib: peak the allocator hands out in a step.
     budget_gib: what the process may reserve, None where nothing was measured or stated (a CPU).
     parts: name -> GiB of the predicted peak.
     """
@@ -71,6 +74,15 @@ class Plan:
         return replace(self, keeps=keeps)
 
     def __str__(self) -> str:
+        budget = "no budget" if self.budget_gib is None else f"budget {self.budget_gib:.2f} GiB"
+        lines = [
+            f"{self.batch} x {self.seq} tokens: {self.predicted_gib:.2f} GiB predicted, {budget}",
+            *(self._choices() if self.keeps else ["layers        autograd keeps what it wants"]),
+        ]
+        lines += [f"  {name:<24}{gib:8.2f} GiB" for name, gib in self.parts.items()]
+        return "\n".join(lines)
+
+    def _choices(self) -> list[str]:
         names = {replace(keep, tile_tokens=None): name for name, keep in POLICIES.items()}
         counts: dict[str, int] = {}
         for keep in self.keeps:
@@ -80,9 +92,7 @@ class Plan:
         first = self.keeps[0]
         kept = "in host memory, but gate and up" if first.offload else "on the device"
         tiles = f"{first.tile_tokens} rows at a time" if first.tile_tokens else "whole"
-        budget = "no budget" if self.budget_gib is None else f"budget {self.budget_gib:.2f} GiB"
-        lines = [
-            f"{self.batch} x {self.seq} tokens: {self.predicted_gib:.2f} GiB predicted, {budget}",
+        return [
             f"layers        {layers}",
             f"MLP           {tiles}",
             f"kept tensors  {kept}",
@@ -90,8 +100,6 @@ class Plan:
             f"unpacked      {sum(keep.resident for keep in self.keeps)} layers stay so",
             f"launches      {'recorded, then replayed' if first.recorded else 'by the host'}",
         ]
-        lines += [f"  {name:<24}{gib:8.2f} GiB" for name, gib in self.parts.items()]
-        return "\n".join(lines)
 
 
 def make_plan(
@@ -149,6 +157,17 @@ def free_budget_gib(device_free: int, reserved: int, allocated: int, cap: int | 
     if cap is not None:
         usable = min(usable, cap)
     return max(usable * (1 - _MARGIN), allocated) / GIB
+
+
+def device_budget_gib(device: torch.device) -> float | None:
+    """What this process may reserve on a GPU, what it already holds included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    cap = int(fraction * total) if fraction < 1 else None
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return free_budget_gib(free, reserved, allocated, cap)
 
 
 def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float | None) -> Plan:

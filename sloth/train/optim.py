@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth.train.config import TrainConfig
+from sloth.train.config import Optimizer, TrainConfig
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -109,11 +109,15 @@ def eight_bit_library() -> Any:
 
 def state_bytes(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> int:
     """Bytes of both moments, once they exist."""
-    is_8bit = config.optimizer == "adamw_8bit"
     return sum(
-        p.numel() * (2 if is_8bit and p.numel() >= MIN_8BIT_SIZE else 2 * p.element_size())
-        for p in parameters.values()
+        moment_bytes(p.numel(), p.element_size(), config.optimizer) for p in parameters.values()
     )
+
+
+def moment_bytes(count: int, element: int, optimizer: Optimizer) -> int:
+    """Bytes of both moments of `count` numbers of `element` bytes each."""
+    is_8bit = optimizer == "adamw_8bit" and count >= MIN_8BIT_SIZE
+    return count * (2 if is_8bit else 2 * element)
 
 
 @torch.no_grad()

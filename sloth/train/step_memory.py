@@ -24,7 +24,7 @@ from sloth.kernels.stacked import padded
 GIB = 2**30
 
 # What the vendor's products set aside: a workspace in the forward's thread and in the backward's.
-_WORKSPACES = 2 * 32 * 2**20
+WORKSPACES = 2 * 32 * 2**20
 # Offloaded layers that may still be on their way out.
 _LEAVING = 2
 
@@ -187,7 +187,7 @@ class StepMemory:
             "gradients and moments": 12 * s.trainable,
             "scratch": self._scratch_bytes(),
             "unpacked layers": num_resident * s.layer_scratch,
-            "workspaces": _WORKSPACES,
+            "workspaces": WORKSPACES,
         }
         return parts | ({"copies in 8 bits": s.num_layers * s.fp8_copies} if s.fp8 else {})
 

@@ -30,6 +30,7 @@ from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
 from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed
 from sloth.train.facts import FILE_NAME, RunFacts, Training
+from sloth.train.full_memory import check_memory
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
 from sloth.train.objectives import objective_of
@@ -58,7 +59,8 @@ __all__ = ["Trainable", "TrainReport", "Trainer"]
 class Trainer:
     """One training run of a model on data. callbacks: watch it, see `Callback`.
 
-    Raises ValueError for settings that cannot take effect, DataError, TokenizerMissing.
+    Raises ValueError for settings that cannot take effect, BudgetTooSmall for a full training that
+    cannot fit, DataError, TokenizerMissing.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Trainer:
         self.config = config = with_overrides(config, overrides)
         check_model(model, config)
         check_device(config, model.device)
+        check_memory(model, config)
         require_trackers(config.trackers)
         check_optimizer(config)
         self.objective = objective_of(model, config)

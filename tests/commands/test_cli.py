@@ -60,7 +60,7 @@ def loaded(monkeypatch):
     """The model that every command loads; .loading and .quant say how."""
     model = CommandModel()
 
-    def load(loading, name, quant):
+    def load(loading, name, quant, *rest):
         if name == "nope":
             raise UnknownModel("nope is no model;\n  did you mean\n  hope?")
         model.loading, model.quant = loading, quant

@@ -6,6 +6,7 @@ torch before it needs it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(text: str) -> int:
     """Say what is wrong, on one line and without secrets."""
-    print(f"error: {Redactor().text(' '.join(text.split()))}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    who = "error" if rank is None else f"error (rank {rank})"
+    print(f"{who}: {Redactor().text(' '.join(text.split()))}", file=sys.stderr)
     return USAGE_ERROR
 
 

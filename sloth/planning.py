@@ -7,6 +7,7 @@ batch shape, and moves the embedding where the plan wants it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +15,13 @@ from sloth.errors import BudgetTooSmall
 from sloth.kernels.context import Keep
 from sloth.machine import free_host_gib
 from sloth.models.decoder import Decoder
+from sloth.train.full_memory import full_plan
 from sloth.train.memory import Plan, device_budget_gib, make_plan
 from sloth.train.step_memory import NetworkSizes
+
+if TYPE_CHECKING:
+    from sloth.model import Model
+    from sloth.train.config import Optimizer
 
 # Of the host's free memory, what a plan may pin.
 _HOST_SHARE = 0.6
@@ -93,3 +99,11 @@ def too_small(plan: Plan) -> BudgetTooSmall:
         f"is {plan.budget_gib:.2f} GiB. Fewer rows or shorter ones, a smaller LoRA rank, or "
         "quant='nf4' need less"
     )
+
+
+def predict(model: Model, batch: int, seq: int, optimizer: Optimizer) -> Plan:
+    """What a step of a loaded model will take at the level it runs at. Changes nothing."""
+    network, budget = model.network, device_budget_gib(model.device)
+    if model.level == "fused":
+        return make_plan(NetworkSizes.of(network), batch, seq, budget, host_share_gib())
+    return full_plan(network, batch, seq, budget, optimizer)

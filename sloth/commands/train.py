@@ -6,15 +6,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from pydantic import Field
 
+from sloth.commands import launch
 from sloth.commands.arguments import config_path, spell_out_resume
 from sloth.commands.base import Loaded, Loading, ModelName, parse, print_rows
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig, load_config, with_overrides
+from sloth.train.redact import Redactor
+
+if TYPE_CHECKING:
+    from sloth.model import Model
 
 
 class Settings(TrainConfig):
@@ -40,31 +45,32 @@ class Train:
     config: Path | None = None
     """YAML file of settings; flags win over it."""
     dry_run: bool = False
-    """Print what would be done (rows, steps, kernel level, ...) and stop."""
+    """Print what would be done (rows, steps, memory, kernel level, where each setting came from)
+    and stop."""
+    gpus: int | None = None
+    """Train on so many GPUs of this machine, a process each; the curve is that of one."""
     loading: Loaded = field(default_factory=Loading)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Fine-tune a model."""
     arguments = spell_out_resume(arguments)
-    from_file = load_config(config_path(arguments))
-    wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
-    values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
-    shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
-    parsed = parse(Train, "train", arguments, Train(tyro.MISSING, tyro.MISSING, shown))
-    flags = {name: getattr(parsed.settings, name) for name in TrainConfig.model_fields}
-    flags["lora"] = parsed.settings.lora if wants_lora else None
-    changed = {name: value for name, value in flags.items() if value != getattr(from_file, name)}
-    config = with_overrides(from_file, changed, origin="flag")
+    parsed, config = _read(arguments)
+    if launch.is_rank():
+        if parsed.gpus is not None:
+            launch.check_size(parsed.gpus)
+        launch.take_device(parsed.loading.device)
+    elif parsed.gpus is not None and parsed.gpus > 1 and not parsed.dry_run:
+        return launch.run_ranks(parsed.gpus, parsed.loading.device, arguments)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = parsed.loading.load(parsed.model, config.quant, config)
     if parsed.dry_run:
-        from sloth.train.trainer import Trainer
-
-        print_rows(Trainer(model, parsed.data, config).dry_run())
+        _show_plan(model, parsed, config)
         return 0
     report = model.train(parsed.data, config)
+    if not launch.is_first():
+        return 0
     last = report.losses[-1] if report.losses else float("nan")
     print(
         f"{len(report.losses)} steps, {report.tokens} tokens, {report.seconds:.0f} s, "
@@ -72,3 +78,47 @@ def run(arguments: Sequence[str]) -> int:
     )
     print("\n".join(f"{name:>12}  {path}" for name, path in report.paths.items()))
     return 0
+
+
+def _read(arguments: Sequence[str]) -> tuple[Train, TrainConfig]:
+    """The flags, and the settings that they and the file come to."""
+    from_file = load_config(config_path(arguments))
+    wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
+    values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
+    shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
+    parsed = parse(Train, "train", arguments, Train(tyro.MISSING, tyro.MISSING, shown))
+    if parsed.gpus is not None and parsed.gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {parsed.gpus}")
+    flags = {name: getattr(parsed.settings, name) for name in TrainConfig.model_fields}
+    flags["lora"] = parsed.settings.lora if wants_lora else None
+    changed = {name: value for name, value in flags.items() if value != getattr(from_file, name)}
+    return parsed, with_overrides(from_file, changed, origin="flag")
+
+
+def _show_plan(model: Model, parsed: Train, config: TrainConfig) -> None:
+    """What a run would do, the memory it would take, and where each setting came from."""
+    from sloth.planning import predict
+    from sloth.train.trainer import Trainer
+
+    trainer = Trainer(model, parsed.data, config)
+    rows = trainer.dry_run()
+    if parsed.gpus is not None:
+        rows["processes"] = f"{parsed.gpus}, which share the rows of a step"
+    batch, seq = trainer.data.pass_shape(config.batch_size)
+    plan = predict(model, batch, seq, config.optimizer)
+    print_rows(rows)
+    print(f"\nmemory of the largest pass\n{plan}")
+    if plan.budget_gib is not None:
+        print(f"fits          {'yes' if plan.fits else 'no; smaller passes will be tried'}")
+    print("\nsettings")
+    print_rows(_settings(config))
+
+
+def _settings(config: TrainConfig) -> dict[str, str]:
+    """Every setting with where it came from; an adapter's each on a line."""
+    origins, rows = config.origins(), {}
+    for name, value in Redactor().value(config.plain()).items():
+        flat = {f"{name}.{k}": v for k, v in value.items()} if name == "lora" and value else {}
+        for key, shown in (flat or {name: value}).items():
+            rows[f"  {key}"] = f"{shown!s:<24}  {origins[name]}"
+    return rows

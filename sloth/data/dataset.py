@@ -92,6 +92,11 @@ class Dataset:
             return lengths
         return [sum(lengths[index] for index in row) for row in self.packing.rows]
 
+    def pass_shape(self, rows: int) -> tuple[int, int]:
+        """(examples, tokens of the longest) of the largest forward pass of so many rows."""
+        longest = max(self.row_lengths())
+        return (2 * rows, longest // 2) if self.pairs else (rows, longest)
+
     def summary(self) -> str:
         """One line: counts, and how full packed rows are."""
         said = self.counts.summary()

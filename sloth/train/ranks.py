@@ -1,6 +1,6 @@
 """Several processes training one model: who reads which rows, sums over all, and failing together.
 
-Start with `torchrun --nproc-per-node 2 -m sloth.cli train ...`. The rows of a step are shared out
+Started by `sloth train --gpus 2` (or torchrun). The rows of a step are shared out
 (rank r of n takes every n-th), each rank adds up its gradients over the trained tokens of the
 whole step, and one sum over ranks follows. So batch_size * grad_accum rows make a step whatever
 the number of ranks, and the curve is that of one process up to the order of sums.
@@ -60,7 +60,13 @@ class Ranks:
         failures = [float(rank == self.rank and error is not None) for rank in range(self.size)]
         values = [*failures, *map(float, numbers)]
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
+        try:
+            with _exchange():
+                dist.all_reduce(sums)
+        except RankFailed:
+            if error is not None:  # the cause, where the others' end may be the effect
+                raise error from None
+            raise
         told = sums.tolist()
         if error is not None:
             raise error
@@ -86,12 +92,13 @@ class Ranks:
         held = list(parameters)
         present = torch.tensor([p.grad is not None for p in held], dtype=torch.uint8)
         present = present.to(self.device)
-        dist.all_reduce(present, op=dist.ReduceOp.MAX)
-        for parameter, is_present in zip(held, present.tolist(), strict=True):
-            if is_present:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
+        with _exchange():
+            dist.all_reduce(present, op=dist.ReduceOp.MAX)
+            for parameter, is_present in zip(held, present.tolist(), strict=True):
+                if is_present:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    dist.all_reduce(parameter.grad)
 
     def tell(self, text: str) -> str:
         """Rank 0's text, in every rank."""
@@ -99,11 +106,12 @@ class Ranks:
             return text
         data = list(text.encode()) if self.is_first else []
         length = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(length, 0)
-        held = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.is_first:
-            held = torch.tensor(data, dtype=torch.uint8, device=self.device)
-        dist.broadcast(held, 0)
+        with _exchange():
+            dist.broadcast(length, 0)
+            held = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+            if self.is_first:
+                held = torch.tensor(data, dtype=torch.uint8, device=self.device)
+            dist.broadcast(held, 0)
         return bytes(held.tolist()).decode()
 
     def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +121,8 @@ class Ranks:
             return gathered
         for name, tensor in tensors.items():
             parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.size)]
-            dist.all_gather(parts, tensor.to(self.device))
+            with _exchange():
+                dist.all_gather(parts, tensor.to(self.device))
             gathered |= {f"{name}.{rank}": parts[rank].cpu() for rank in range(1, self.size)}
             gathered[name] = parts[0].cpu()
         return gathered
@@ -129,6 +138,20 @@ class Ranks:
 
 
 @contextmanager
+def _exchange() -> Iterator[None]:
+    """Inside, an exchange that breaks raises RankFailed: a process that was killed says nothing
+    itself, but its connections close.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error).strip().split("\n")[0]
+        raise RankFailed(f"another process of this run is gone ({why})") from error
+
+
+@contextmanager
 def ranks_of_process(device: torch.device) -> Iterator[Ranks]:
     """The ranks that torchrun started, as its environment tells; alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -140,7 +163,8 @@ def ranks_of_process(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(device, dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # gloo may abort where its peer is gone before it has said good-bye
+        with _exchange():
+            dist.barrier()  # gloo may abort where its peer is gone before it has said good-bye
     finally:
         if not was_initialized:
             dist.destroy_process_group()

@@ -8,8 +8,6 @@ import sys
 import pytest
 import torch
 
-from sloth import cli
-from sloth.commands.base import Loading
 from sloth.errors import NonFiniteGradients, SlothError
 from sloth.lora_config import LoraConfig
 from sloth.train import evaluate
@@ -179,15 +177,3 @@ def test_dry_run_refuses_what_a_run_would(settings, tmp_path):
     for act in ("dry_run", "run"):
         with pytest.raises(ValueError, match="has no effect"):
             getattr(Trainer(FakeModel(), ROWS, output=tmp_path / act, **settings), act)()
-
-
-def test_dry_run_of_the_command_prints_the_plan_and_stops(tmp_path, monkeypatch, capsys):
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    model = FakeModel()
-    monkeypatch.setattr(Loading, "load", lambda *rest: model)
-    flags = ["--max-steps", "3", "--output", str(tmp_path / "run"), "--dry-run"]
-    assert cli.main(["train", "m", str(data), *flags]) == 0
-    said = capsys.readouterr().out
-    assert "steps         3 of 4 rows" in said and "kernel level  reference: it is a fake" in said
-    assert not (tmp_path / "run").exists() and model.calls == []

@@ -21,7 +21,9 @@ from sloth.commands import (
     export,
     generate,
     info,
+    init,
     push,
+    runs,
     train,
 )
 from sloth.errors import SlothError
@@ -31,11 +33,13 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "init": init.run,
+    "estimate": estimate.run,
     "train": train.run,
+    "runs": runs.run,
     "generate": generate.run,
     "chat": chat.run,
     "export": export.run,
-    "estimate": estimate.run,
     "push": push.run,
     "info": info.run,
     "doctor": doctor.run,

@@ -37,9 +37,16 @@ def plot_losses(
     return paths
 
 
-def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
+def sparkline(
+    values: Sequence[float],
+    width: int,
+    blocks: str = BLOCKS,
+    bounds: tuple[float, float] | None = None,
+) -> str:
     """At most `width` characters, each the mean of its share of the values, lowest to highest as
     the first to the last of `blocks`. A share without a finite value is a space.
+
+    bounds: lowest and highest, for curves to be compared; else those of the means.
     """
     width = min(width, len(values))
     edges = [len(values) * place // width for place in range(width + 1)] if width else []
@@ -49,7 +56,7 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
     ]
     means = [math.fsum(share) / len(share) if share else None for share in shares]
     known = [mean for mean in means if mean is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    low, high = bounds or ((min(known), max(known)) if known else (0.0, 0.0))
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
     return "".join(" " if mean is None else blocks[round((mean - low) * scale)] for mean in means)
 

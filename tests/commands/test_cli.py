@@ -70,23 +70,45 @@ def loaded(monkeypatch):
     return model
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["train", "--help"], ["info", "--help"], ["train"]]
-)
-def test_help_and_usage_errors_do_not_import_torch(arguments):
+def test_help_and_usage_errors_do_not_import_torch():
+    """Every command's help, and what is wrong before a command starts to work, in one process."""
     script = (
-        "import sys; from sloth.cli import main; code = main(sys.argv[1:]); "
-        "print('torch' in sys.modules, code)"
+        "import json, sys\n"
+        "from sloth.cli import COMMANDS, main\n"
+        "calls = [['--help'], ['--version'], *([name, '--help'] for name in COMMANDS), ['train']]\n"
+        "codes = [main(call) for call in calls]\n"
+        "print(json.dumps(['torch' in sys.modules, codes]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == f"False {2 if arguments == ['train'] else 0}"
+    has_torch, codes = json.loads(done.stdout.splitlines()[-1])
+    assert not has_torch
+    assert codes == [0] * (2 + len(cli.COMMANDS)) + [2]
+
+
+def test_init_and_runs_do_not_import_torch(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"event": "step", "step": 1, "loss": 1.0}\n')
+    script = (
+        "import sys; from sloth.cli import main; "
+        "codes = main(['init', 'a.yaml']), main(['runs', '.']); "
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "(0, 0) False"
 
 
 def test_train_help_lists_every_setting(capsys):

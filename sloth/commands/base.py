@@ -30,6 +30,8 @@ class Loading:
     """bfloat16, float16, float32, or auto."""
     level: Literal["auto", "reference", "ops", "fused"] = "auto"
     """Kernel level."""
+    base_compute: Literal["fp8"] | None = None
+    """fp8: products with the frozen base in 8-bit floats, faster and an approximation."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
@@ -46,6 +48,7 @@ class Loading:
             device=self.device,
             dtype=self.dtype,
             level=self.level,
+            base_compute=self.base_compute,
             revision=self.revision,
         )
 

@@ -34,6 +34,8 @@ class Estimate:
     optimizer: Optimizer = "adamw"
     """Of a full training: adamw, or adamw_8bit."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    base_compute: Literal["fp8"] | None = None
+    """fp8: products with the frozen base in 8-bit floats, whose copies take memory."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
@@ -52,6 +54,7 @@ class Estimate:
             dtype=self.dtype,
             optimizer=self.optimizer,
             revision=self.revision,
+            base_compute=self.base_compute,
         )
 
     def smaller(self) -> Iterator[tuple[str, Estimate]]:

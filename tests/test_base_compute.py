@@ -13,9 +13,9 @@ from torch import Tensor
 
 import sloth
 from sloth.errors import KernelUnavailable
+from sloth.estimating import estimate
 from sloth.infer.generate import generate_tokens
 from sloth.kernels.fp8 import FP8Weight
-from sloth.planning import estimate
 from sloth.train.memory import make_plan
 from sloth.train.step_memory import NetworkSizes
 from tests import tolerance

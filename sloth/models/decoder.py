@@ -276,6 +276,8 @@ class Decoder(OpModule):
             keys = cache.documents
             queries = keys[:, past : past + length]
             layouts = {window: AttentionLayout(queries, keys, window) for window in windows}
+        if cache is not None and cache.spans is not None:
+            layouts = {w: AttentionLayout(window=w, spans=cache.spans) for w in windows}
         tables = {
             parameters: rope.tables(positions, hidden.dtype)
             for parameters, rope in self._ropes.items()

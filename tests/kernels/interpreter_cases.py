@@ -25,8 +25,9 @@ from torch import Tensor
 from sloth.kernels.engine import INTERPRET, forced_engine
 from sloth.kernels.ops.add_rms_norm import add_rms_norm
 from sloth.kernels.ops.attention import attention, attention_reference
-from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
+from sloth.kernels.ops.attention_layout import AttentionLayout, Spans, document_bounds
 from sloth.kernels.ops.batch import CopyBatch, CopyPart, NF4Batch, NF4Part
+from sloth.kernels.ops.decode_attention import decode_attention
 from sloth.kernels.ops.dora import column_dots
 from sloth.kernels.ops.fp8_cast import FP8, fp8_cast
 from sloth.kernels.ops.glu import glu
@@ -41,6 +42,7 @@ from tests import tolerance
 from tests.kernels.common import (
     Op,
     assert_kernel_accuracy,
+    assert_no_worse_than_eager,
     assert_roundings_agree,
     inner_strided,
     nan_poisoned_empty,
@@ -292,6 +294,28 @@ def capped_attention_windows_and_documents(dtype: torch.dtype) -> None:
         with forced_engine("triton"), nan_poisoned_empty():
             op, truth = partial(attention, **how), partial(attention_reference, **how)
             assert_kernel_accuracy(op, truth, [q, k, v], factor=factor)
+
+
+@case
+def decoding_sees_the_written_slots(dtype: torch.dtype) -> None:
+    for heads, kv_heads, head_dim, window, softcap in (
+        *((4, 2, 16, None, None), (3, 3, 24, 70, 0.7), (8, 1, 40, 300, None)),
+    ):
+        q = randn(3, heads, 1, head_dim, dtype=dtype)
+        slots = (3, kv_heads, 600, head_dim)
+        k, v = randn(*slots, seed=1, dtype=dtype), randn(*slots, seed=2, dtype=dtype)
+        for last in (599, 256, 255, 5):
+            first = torch.tensor([0, 3, min(last, 290)], dtype=torch.int32)
+            spans = Spans(first, torch.tensor([last]))
+            k[:, :, last + 1 :] = v[:, :, last + 1 :] = float("nan")  # never written
+            seen = [x.nan_to_num() for x in (k, v)]
+            with forced_engine("triton"), nan_poisoned_empty():
+                actual = decode_attention(q, k, v, 0.4, spans, window, softcap)
+            layout = AttentionLayout(window=window, spans=spans)
+            expected = attention_reference(q, *seen, 0.4, layout, softcap)
+            truth = attention_reference(*(x.double() for x in (q, *seen)), 0.4, layout, softcap)
+            factor = tolerance.attention_error_factor(dtype)
+            assert_no_worse_than_eager("decode", actual, expected, truth, factor)
 
 
 def main() -> None:

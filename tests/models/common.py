@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import sloth
 from sloth.errors import UnsupportedConfig
+from sloth.infer.decode import DecodeStep
 from sloth.infer.generate import generate_tokens
 from sloth.lora import projections
 from sloth.models import ARCHITECTURES
@@ -113,6 +114,25 @@ class ArchitectureTests:
             parts = [network(tokens[:, :5], cache=cache), network(tokens[:, 5:35], cache=cache)]
             parts += [network(tokens[:, i : i + 1], cache=cache) for i in range(35, 50)]
         assert_close(torch.cat(parts, 1), whole, **FP32_CHAIN)
+
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_steps_on_a_fixed_cache_equal_the_whole(self, folders, variant, level):
+        tokens, padding = random_tokens(2, 50), 3
+        network = sloth.load(folders[variant], level=level, device="cpu").network
+        documents = torch.ones(2, 35, dtype=torch.long)
+        documents[1, :padding] = 0
+        positions = torch.arange(35).repeat(2, 1)
+        positions[1] = (positions[1] - padding).clamp(min=0)
+        with torch.no_grad():
+            alone = network(tokens[1:, padding:])[0, 35 - padding :]
+            whole = torch.stack((network(tokens[:1])[0, 35:], alone))
+            cache = KVCache(network.config.num_hidden_layers, 50)
+            cache.extend_documents(documents)
+            network(tokens[:, :35], positions, cache)
+            first = torch.tensor([0, padding], dtype=torch.int32)
+            step = DecodeStep(network, cache, positions[:, -1:] + 1, first)
+            parts = [step(tokens[:, i : i + 1]) for i in range(35, 50)]
+        assert_close(torch.stack(parts, 1), whole, **FP32_CHAIN)
 
     def test_a_padded_batch_decodes_as_each_prompt_alone(self, folders, variant):
         network = sloth.load(folders[variant], device="cpu").network

@@ -32,10 +32,11 @@ from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for
 from sloth.kernels.ops.attention_layout import AttentionLayout
+from sloth.kernels.ops.decode_attention import decode_attention
 from sloth.kernels.ops.flash_attention import flash_attention_fwd
 from sloth.kernels.ops.flash_attention_bwd import flash_attention_bwd
 
-Backend = Literal["math", "cpu_flash", "cudnn", "flash", "efficient", "triton"]
+Backend = Literal["math", "cpu_flash", "cudnn", "flash", "efficient", "triton", "decode"]
 Saved = tuple[Tensor | None, ...]
 
 _aten = torch.ops.aten
@@ -89,6 +90,8 @@ def choose_backend(
         causal otherwise                    flash   289 / 189
         packed documents, windows, decoding flash   varlen: each document alone, no mask is made
 
+    A cache of fixed size goes to our own kernel (`decode_attention.py`), which has no backward.
+
     On a GPU, fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not
     all. A softcap, which none of these has, goes to our own kernel (`flash_attention.py`), where T
     == S; fp64 and what no kernel takes to the formula.
@@ -96,6 +99,8 @@ def choose_backend(
     num_queries, head_dim = q.shape[2:]
     if q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
         return "math"
+    if layout.spans is not None:
+        return "decode" if engine_for(q) == "triton" and num_queries == 1 else "math"
     if softcap is not None:
         ours = engine_for(q) == "triton" and num_queries == k.shape[2] and head_dim <= 256
         bounded = layout.query_documents is None or layout.bounds is not None
@@ -276,6 +281,9 @@ def attention_fwd(
         first = None if layout.bounds is None else layout.bounds.first
         out, lse = flash_attention_fwd(q, k, v, scale, softcap, layout.window, first)
         return out, (lse,)
+    if backend == "decode":
+        assert layout.spans is not None
+        return decode_attention(q, k, v, scale, layout.spans, layout.window, softcap), ()
     if backend == "flash":
         return _flash_fwd(q, k, v, scale, layout)
     k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])
@@ -305,6 +313,7 @@ def attention_bwd(
     backend, causal = choose_backend(q, k, layout, softcap), _is_causal(q, k, layout)
     if backend == "math":
         return _math_bwd(dout, q, k, v, out, scale, layout, softcap)
+    assert backend != "decode", "a step of decoding has no backward"
     kv_heads, max_q, max_k = k.shape[1], q.shape[2], k.shape[2]
     dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
     if backend == "cudnn":

@@ -1,4 +1,5 @@
-"""Who sees whom in attention, beyond causal order: packed documents and sliding windows.
+"""Who sees whom in attention, beyond causal order: packed documents, sliding windows, and which
+slots of a cache are written.
 
 Shapes: B batch, T queries, S keys (the last T of S positions are the queries'), H heads.
 """
@@ -54,18 +55,35 @@ def document_bounds(positions_BT: Tensor, device: torch.device) -> DocumentBound
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Which slots of a cache each row sees. first [B] int32; last [1] int64, the newest slot."""
+
+    first: Tensor
+    last: Tensor
+
+    def mask(self, num_slots: int, window: int | None) -> Tensor:
+        """bool [B, 1, 1, S], True where seen."""
+        slots = torch.arange(num_slots, device=self.last.device)
+        seen = slots <= self.last
+        if window is not None:
+            seen = seen & (self.last - slots < window)
+        return (seen & (slots >= self.first[:, None]))[:, None, None]
+
+
+@dataclass(frozen=True)
 class AttentionLayout:
     """Who sees whom beyond causal order.
 
     query_documents [B, T], key_documents [B, S]: document index of each token, both None for one
     document a row. window: keys a query sees, itself included; None for all. bounds: of the
-    documents, where T == S.
+    documents, where T == S. spans: the keys are a cache of S slots that these bound, T is 1.
     """
 
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
     window: int | None = None
     bounds: DocumentBounds | None = None
+    spans: Spans | None = None
     _masks: dict[Any, Tensor | None] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +105,7 @@ class AttentionLayout:
 
     def is_plain(self, num_queries: int, num_keys: int) -> bool:
         """Whether top-left causal order (T == S), or no mask at all (T == 1), says it all."""
-        one_document = self.query_documents is None
+        one_document = self.query_documents is None and self.spans is None
         window_is_wide = self.window is None or self.window >= num_keys
         return one_document and window_is_wide and num_queries in (1, num_keys)
 
@@ -116,6 +134,8 @@ class AttentionLayout:
         return None if bias is None else bias.expand(batch, heads, -1, -1)
 
     def _build_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        if self.spans is not None:
+            return self.spans.mask(num_keys, self.window)
         queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
         keys = torch.arange(num_keys, device=device)[None]
         seen = keys <= queries

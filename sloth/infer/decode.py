@@ -1,11 +1,14 @@
-"""A step of decoding on memory that stays where it is: replayed as one CUDA graph on a GPU.
+"""The steps of decoding after the prompt: one token for every row, by one of two ways.
 
-A step of one token a row is a thousand small launches, and the host needs longer for them than the
-device. All that changes from step to step lies on the device (the tokens, their positions, the
-newest slot of the cache), so the launches can be recorded once and replayed as one.
+`GrowingStep` appends to the cache and attends over slices of it: the least work for a CPU.
 
-Bytes of a step: every weight once and the written keys and values, so at 8 billion parameters in
-bf16 16 GB, 5 ms on an H100.
+`FixedStep` works on memory that stays where it is, so that a GPU replays it as one CUDA graph. A
+step of one token a row is a thousand small launches, for which the host needs longer than the
+device does for the work. All that changes from step to step lies on the device (the tokens, their
+positions, the newest slot of the cache), so the launches are recorded once and replayed as one.
+
+Bytes of a step: every weight once and the written keys and values; at 8 billion parameters in bf16
+16 GB, 5 ms on an H100.
 """
 
 from __future__ import annotations
@@ -15,27 +18,54 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sloth.kernels.engine import engine_for
 from sloth.models.cache import KVCache
 from sloth.models.decoder import Decoder
 
+PAD_DOCUMENT, TEXT_DOCUMENT = 0, 1
 
-class DecodeStep:
-    """One token for every row of a cache that holds their prompts.
+# Token ids [B, 1] -> logits [B, V] of what follows them.
+Step = Callable[[Tensor], Tensor]
 
-    positions_B1: of the tokens that come next. first_B: int32, the slot where each row begins.
+
+def start_decoding(network: Decoder, cache: KVCache, positions_B1: Tensor) -> Step:
+    """The step for this network and a cache that holds the prompts, padded on the left.
+
+    positions_B1: of the tokens that come next.
     """
+    weight = network.model.embed_tokens.weight
+    if engine_for(weight) != "triton" or weight.device != network.device:
+        return GrowingStep(network, cache, positions_B1)
+    step = FixedStep(network, cache, positions_B1)
+    step.record()
+    return step
 
-    def __init__(
-        self, network: Decoder, cache: KVCache, positions_B1: Tensor, first_B: Tensor
-    ) -> None:
+
+class GrowingStep:
+    """One token for every row, the cache growing with each."""
+
+    def __init__(self, network: Decoder, cache: KVCache, positions_B1: Tensor) -> None:
+        self.network, self.cache, self.positions = network, cache, positions_B1
+
+    def __call__(self, tokens_B1: Tensor) -> Tensor:
+        if self.cache.documents is not None:
+            self.cache.extend_documents(torch.full_like(tokens_B1, TEXT_DOCUMENT))
+        hidden = self.network.hidden_states(tokens_B1, self.positions, self.cache)
+        self.positions = self.positions + 1
+        return self.network.head(hidden)[:, 0]
+
+
+class FixedStep:
+    """One token for every row, on a cache whose buffers stay as they are."""
+
+    def __init__(self, network: Decoder, cache: KVCache, positions_B1: Tensor) -> None:
         self.network, self.cache = network, cache
         self.tokens = torch.zeros_like(positions_B1)
         self.positions = positions_B1.clone()
-        self.spans = cache.fix(first_B)
+        self.spans = cache.fix(_text_starts(cache, positions_B1))
         self._next: Callable[[], Tensor] = self._run
 
     def __call__(self, tokens_B1: Tensor) -> Tensor:
-        """Token ids [B, 1] -> logits [B, V] of what follows them."""
         self.tokens.copy_(tokens_B1)
         return self._next()
 
@@ -70,3 +100,10 @@ class DecodeStep:
         """Forget steps that were only tried; what they wrote will be written again."""
         self.positions.copy_(positions)
         self.spans.last.copy_(last)
+
+
+def _text_starts(cache: KVCache, positions_B1: Tensor) -> Tensor:
+    """int32 [B]: the slot where each row's text begins."""
+    if cache.documents is None:
+        return positions_B1.new_zeros(len(positions_B1), dtype=torch.int32)
+    return (cache.documents == PAD_DOCUMENT).sum(1).int()

@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
 from sloth.lora import projections
 from sloth.models.cache import KVCache
 from sloth.models.decoder import Decoder
 from sloth.quant.linear4bit import Linear4bit
-
-PAD_DOCUMENT, TEXT_DOCUMENT = 0, 1
 
 
 @torch.no_grad()
@@ -48,12 +47,12 @@ def generate_tokens(
     stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=device)
     running = [True] * len(prompts)
     new: list[list[int]] = [[] for _ in prompts]
-    is_padded = bool((documents == PAD_DOCUMENT).any())
+    if bool((documents == PAD_DOCUMENT).any()):
+        cache.extend_documents(documents)
+    logits = network.head(network.hidden_states(tokens, positions, cache)[:, -1])
+    following = None
     for _ in range(max_new_tokens):
-        if is_padded:
-            cache.extend_documents(documents)
-        hidden = network.hidden_states(tokens, positions, cache)[:, -1:]
-        chosen = _choose(network.head(hidden)[:, 0], temperature)
+        chosen = _choose(logits, temperature)
         ended = torch.isin(chosen, stops).tolist()
         step: list[int | None] = []
         for row, token in enumerate(chosen.tolist()):
@@ -67,8 +66,9 @@ def generate_tokens(
         yield step
         if not any(running):
             return
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
-        documents = torch.full_like(tokens, TEXT_DOCUMENT)
+        if following is None:
+            following = start_decoding(network, cache, positions[:, -1:] + 1)
+        logits = following(chosen[:, None])
 
 
 def _left_padded(

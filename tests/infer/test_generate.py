@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import sloth
+from sloth.infer.decode import FixedStep
 from sloth.infer.generate import generate_tokens
 from sloth.infer.text import generate_text, is_batch, stream_text
+from sloth.models.cache import KVCache
 from tests.oracles import hf_model, save_tiny_llama
 
 PROMPTS = [[5, 9, 13, 40, 77], [8], [100, 101, 102], list(range(20, 50))]
@@ -138,3 +140,27 @@ def test_kinds_of_prompt():
     message = {"role": "user", "content": "hi"}
     assert not is_batch("hi") and not is_batch([message])
     assert is_batch(["a", "b"]) and is_batch([[message], [message]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recorded_step_gives_the_logits_of_an_unrecorded_one(folder, quant, dtype):
+    network = sloth.load(folder, quant=quant, dtype=dtype, device="cuda").network
+    tokens = torch.randint(3, 150, (3, 30), device="cuda")
+    found = []
+    for is_recorded in (False, True):
+        cache = KVCache(network.config.num_hidden_layers, 30)
+        with torch.no_grad():
+            network(tokens[:, :20], cache=cache)
+            step = FixedStep(network, cache, torch.full((3, 1), 20, device="cuda"))
+            if is_recorded:
+                step.record()
+            found.append([step(tokens[:, i : i + 1]).clone() for i in range(20, 30)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+def test_greedy_tokens_on_a_gpu_equal_those_on_a_cpu(folder, network):
+    other = sloth.load(folder, dtype="float32", device="cuda").network
+    assert collect(other, PROMPTS, 12) == collect(network, PROMPTS, 12)

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 import sloth
 from sloth.errors import UnsupportedConfig
-from sloth.infer.decode import DecodeStep
+from sloth.infer.decode import FixedStep
 from sloth.infer.generate import generate_tokens
 from sloth.lora import projections
 from sloth.models import ARCHITECTURES
@@ -129,8 +129,7 @@ class ArchitectureTests:
             cache = KVCache(network.config.num_hidden_layers, 50)
             cache.extend_documents(documents)
             network(tokens[:, :35], positions, cache)
-            first = torch.tensor([0, padding], dtype=torch.int32)
-            step = DecodeStep(network, cache, positions[:, -1:] + 1, first)
+            step = FixedStep(network, cache, positions[:, -1:] + 1)
             parts = [step(tokens[:, i : i + 1]) for i in range(35, 50)]
         assert_close(torch.stack(parts, 1), whole, **FP32_CHAIN)
 

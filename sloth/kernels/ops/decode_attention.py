@@ -121,7 +121,7 @@ def _decode_join_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_SPANS: tl.constexpr,
 ):
-    pair, member = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pair, member = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, head = pair // num_kv_heads, pair % num_kv_heads
     spans = tl.arange(0, BLOCK_SPANS)
     dims = tl.arange(0, BLOCK_E)

@@ -73,7 +73,8 @@ def measure(name: str, rows: int, new: int, load_s: float, decode: Callable[[int
 def run_sloth(folder: Path, all_rows: list[int], new: int) -> None:
     """`generate_tokens` as `model.generate` calls it."""
     import sloth
-    from sloth.infer.generate import dequantised_while_generating, generate_tokens
+    from sloth.infer.generate import generate_tokens
+    from sloth.infer.text import ready_to_generate
 
     started = now()
     model = sloth.load(folder, dtype=torch.bfloat16)
@@ -81,7 +82,7 @@ def run_sloth(folder: Path, all_rows: list[int], new: int) -> None:
     load_s = now() - started
     network = model.network
     wake_adapter(network.named_parameters())
-    with dequantised_while_generating(network, torch.bfloat16):
+    with ready_to_generate(network):
         for rows in all_rows:
             prompts = prompts_of(rows, network.config.vocab_size)
 

@@ -59,6 +59,7 @@ class Projection(OpModule):
         self.lora_enabled = True
         self._squared_norms: tuple[object, Tensor] | None = None
         self._held_norms: Tensor | None = None
+        self._held_factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def base(self) -> Base:
@@ -80,7 +81,7 @@ class Projection(OpModule):
         """The adapter's operands, switched on or off; None without one."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        A, B = self.lora_A.weight, self.lora_B.weight
+        A, B = self._held_factors or (self.lora_A.weight, self.lora_B.weight)
         return LoraOperands(A, B, self.lora_scale, self.lora_dropout, self._magnitude())
 
     @property
@@ -127,15 +128,20 @@ class Projection(OpModule):
             self._squared_norms = key, squared_row_norms(base, dtype)
         return self._squared_norms[1]
 
-    def hold_norms(self) -> None:
-        """Take DoRA's norms once, as the factors are now, until `release_norms`."""
+    def hold_adapter(self, dtype: torch.dtype | None = None) -> None:
+        """Take DoRA's norms once, as the factors are now, and the factors in `dtype` if one is
+        given, until `release_adapter`."""
         lora = self.lora_slot
-        if lora is not None and lora.magnitude is not None:
+        if lora is None:
+            return
+        if lora.magnitude is not None:
             self._held_norms = adapted_row_norms(self.base, lora, self.base.dtype)
+        if dtype is not None:
+            self._held_factors = lora.A.detach().to(dtype), lora.B.detach().to(dtype)
 
-    def release_norms(self) -> None:
+    def release_adapter(self) -> None:
         """Follow the factors again."""
-        self._held_norms = None
+        self._held_norms = self._held_factors = None
 
     def _magnitude(self) -> Magnitude | None:
         m = self.lora_magnitude_vector

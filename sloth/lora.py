@@ -272,19 +272,20 @@ def adapter_disabled(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def norms_held(network: nn.Module) -> Iterator[None]:
+def adapters_held(network: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Inside, DoRA's norms are those at the start: for factors that do not move meanwhile.
 
-    Taking them reads every adapted matrix, which one token at a time would pay again and again.
+    Taking them reads every adapted matrix, which one token at a time would pay again and again, as
+    it would the factors' rounding to the `dtype` of the products, None where they keep their own.
     """
     modules = list(projections(network).values())
     for module in modules:
-        module.hold_norms()
+        module.hold_adapter(dtype)
     try:
         yield
     finally:
         for module in modules:
-            module.release_norms()
+            module.release_adapter()
 
 
 def count_parameters(network: nn.Module) -> tuple[int, int]:

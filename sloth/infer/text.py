@@ -12,7 +12,8 @@ from typing import Any
 
 from sloth.errors import TokenizerMissing
 from sloth.infer.generate import dequantised_while_generating, generate_tokens
-from sloth.lora import norms_held
+from sloth.kernels.dispatch import ops_of
+from sloth.lora import adapters_held
 from sloth.models.decoder import Decoder
 from sloth.text.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def generate_text(
         text = tokenizer.decode(new_ids)
         return any(mark in text for mark in stop)
 
-    with _ready_to_generate(network):
+    with ready_to_generate(network):
         for step in generate_tokens(
             network,
             ids,
@@ -87,7 +88,7 @@ def stream_text(
     def is_done(row: int, new_ids: list[int]) -> bool:
         return any(mark in tokenizer.decode(new_ids) for mark in stop)
 
-    with _ready_to_generate(network):
+    with ready_to_generate(network):
         for (token,) in generate_tokens(
             network,
             [encode_prompt(tokenizer, prompt)],
@@ -123,14 +124,16 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
 
 
 @contextmanager
-def _ready_to_generate(network: Decoder) -> Iterator[None]:
-    """Dropout off, weights dequantised and DoRA's norms held inside; what was before comes back
+def ready_to_generate(network: Decoder) -> Iterator[None]:
+    """Dropout off, weights dequantised and adapters held inside; what was before comes back
     after."""
     was_training = network.training
     network.eval()
     try:
         dtype = network.model.embed_tokens.weight.dtype
-        with norms_held(network), dequantised_while_generating(network, dtype):
+        # The reference computes an adapter in the dtype of its factors.
+        rounded = None if network.model.norm.ops is ops_of("reference") else dtype
+        with adapters_held(network, rounded), dequantised_while_generating(network, dtype):
             yield
     finally:
         network.train(was_training)

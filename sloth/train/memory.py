@@ -8,7 +8,7 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     the MLP       how many rows at a time, where all of them at once would not fit
     what is kept  on the device, or (but for gate and up) waiting in host memory
     embedding     on the device or, where it is not the head too, in host memory
-    recording     whether the layers are replayed as CUDA graphs, where the host would be late
+    recording     whether the layers are replayed as CUDA graphs: first where the host would be late
     NF4 layers    how many stay unpacked, with memory that is left over
 
 The steps up from P1 are taken in order of time saved per byte. The prediction counts what the
@@ -139,12 +139,13 @@ def make_plan(
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)
     _, keeps, on_host = best
-    if not keeps[0].offload and not any(sizes.dora) and is_host_bound(memory):
-        trial = [replace(keep, recorded=True) for keep in keeps]
-        keeps = trial if memory.peak(trial, on_host) <= budget else keeps
+    if is_host_bound(memory):
+        keeps = _recorded(memory, keeps, on_host, budget)
     # DoRA's gains change the unpacked rows each step; products in 8 bits never read them.
     if sizes.quantized and not any(sizes.dora) and not sizes.fp8:
         keeps = _with_residents(memory, keeps, on_host, budget)
+    # With memory to spare, so that the host has time for other things.
+    keeps = _recorded(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
 
@@ -163,6 +164,8 @@ def device_budget_gib(device: torch.device) -> float | None:
     """What this process may reserve on a GPU, what it already holds included; None on a CPU."""
     if device.type != "cuda":
         return None
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     fraction = torch.cuda.get_per_process_memory_fraction(device)
     cap = int(fraction * total) if fraction < 1 else None
@@ -274,6 +277,14 @@ def is_host_bound(memory: StepMemory) -> bool:
     """Whether the device is done with a layer before the host has launched the next one."""
     weights = sum(outputs * inputs for outputs, inputs in memory.sizes.stack_sizes)
     return 4.0 * weights * memory.rows / _PRODUCT_RATE < _HOST_SECONDS
+
+
+def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
+    """The layers replayed as CUDA graphs, where they may be and that fits."""
+    if keeps[0].offload or any(memory.sizes.dora):
+        return keeps
+    trial = [replace(keep, recorded=True) for keep in keeps]
+    return trial if memory.peak(trial, on_host) <= budget else keeps
 
 
 def _with_residents(

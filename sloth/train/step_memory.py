@@ -347,9 +347,10 @@ class StepMemory:
 
     def _beside_recording(self) -> int:
         """A recording keeps its memory: the head works beside it, gradients leave as copies, input
-        and output and its gradient are buffers of their own."""
+        and output and its gradient are buffers of their own, as are the libraries' workspaces."""
         s = self.sizes
-        return self.head_bytes() + 4 * s.trainable + 3 * self.rows * s.hidden * s.element
+        copies = 4 * s.trainable + 3 * self.rows * s.hidden * s.element
+        return self.head_bytes() + copies + WORKSPACES
 
     def _numbers(self, keep: Keep) -> tuple[int, int, int]:
         return self.kept_bytes(keep), self.forward_bytes(keep), self.backward_bytes(keep)

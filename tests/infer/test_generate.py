@@ -10,7 +10,7 @@ import torch
 import sloth
 from sloth.infer.decode import FixedStep
 from sloth.infer.generate import generate_tokens
-from sloth.infer.text import generate_text, is_batch, stream_text
+from sloth.infer.text import generate_text, is_batch, ready_to_generate, stream_text
 from sloth.models.cache import KVCache
 from tests.oracles import hf_model, save_tiny_llama
 
@@ -140,6 +140,22 @@ def test_kinds_of_prompt():
     message = {"role": "user", "content": "hi"}
     assert not is_batch("hi") and not is_batch([message])
     assert is_batch(["a", "b"]) and is_batch([[message], [message]])
+
+
+@pytest.mark.parametrize("level", ["reference", "ops"])
+def test_an_adapter_held_for_decoding_is_the_one_of_now(folder, level):
+    """Rounded once instead of at every use, and where the level rounds at all."""
+    model = sloth.load(folder, device="cpu", dtype="bfloat16", level=level)
+    network, tokens = model.add_lora(r=4).network, torch.tensor(PROMPTS[:1])
+    for factor in (2.0, 3.0):
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1 * factor)
+        network.eval()
+        with torch.no_grad():
+            expected = network(tokens)
+            with ready_to_generate(network):
+                assert torch.equal(network(tokens), expected)
 
 
 @pytest.mark.gpu

@@ -164,7 +164,7 @@ def with_magnitudes(block: Block, hold: bool = False) -> Block:
             lengths *= 1 + 0.3 * randn(len(lengths), seed=300 + seed, dtype=A.dtype)
             module.lora_magnitude_vector = torch.nn.Parameter(lengths)
             if hold:
-                module.hold_norms()
+                module.hold_adapter()
     return block
 
 

@@ -9,7 +9,7 @@ import torch
 
 import sloth
 from sloth.kernels.context import POLICIES
-from sloth.lora import is_lora_name, norms_held
+from sloth.lora import adapters_held, is_lora_name
 from sloth.train.memory import make_plan
 from sloth.train.step_memory import NetworkSizes, StepMemory
 from tests import tolerance
@@ -62,7 +62,7 @@ def test_norms_held_for_decoding_are_those_of_the_factors(folders: dict[str, Pat
     model.network.set_level("ops")
     with torch.no_grad():
         expected = model.network(tokens)
-        with norms_held(model.network):
+        with adapters_held(model.network):
             torch.testing.assert_close(model.network(tokens), expected, **tolerance.FP32_CHAIN)
             for name, parameter in model.network.named_parameters():
                 if name.endswith("lora_B.weight"):

@@ -126,8 +126,10 @@ def test_bf16_stays_within_the_eager_error(
 ) -> None:
     model, tokens = adapted(folders[name], "all-linear", None, "cuda"), random_tokens(2, LENGTH)
     network = model.network
-    for parameter in network.parameters():  # the values that bf16 holds, in every dtype
-        parameter.data = parameter.data.bfloat16().float()
+    for key, parameter in network.named_parameters():
+        if is_lora_name(key):  # factors as large as `adapted`'s make a network that magnifies any
+            parameter.data *= 0.25  # rounding: two orders of the same sum then differ tenfold
+        parameter.data = parameter.data.bfloat16().float()  # values that both dtypes hold
     truth = run(model, "reference", tokens)
     network.bfloat16()
     eager = run(model, "reference", tokens)

@@ -260,8 +260,10 @@ def test_a_real_out_of_memory_of_the_gpu_is_survived(tmp_path):
         sizes: list[int] = []
 
         def loss(self, tokens, labels, positions=None, num_trained=None):
-            held = torch.zeros(len(tokens), row_bytes // 4, device=self.device)
-            self.sizes.append(len(tokens))
+            # Rows come one after the other as documents of one.
+            rows = len(tokens) if positions is None else int((positions == 0).sum())
+            held = torch.zeros(rows, row_bytes // 4, device=self.device)
+            self.sizes.append(rows)
             return super().loss(tokens, labels, positions, num_trained) + 0 * held[:, 0].sum()
 
     hungry = Hungry(device="cuda")

@@ -120,7 +120,8 @@ def render(results: Results) -> str:
             f"every table first losses agree within {LOSS_TOLERANCE} ({APPROXIMATE}: "
             f"{APPROXIMATE_SHARE:.1%}) and gradient norms within {GRADIENT_RATIO} times. MFU: (4 N "
             "+ 3.5 attention) operations over the measured product rate, in bf16; the head counts "
-            "for trained tokens.\n"
+            "for trained tokens. Peak: what was handed out at once; where launches are recorded, "
+            "tensors lie in memory that is only reserved, and that column is the one to compare.\n"
         )
         parts += [_render_case(rows) for rows in grouped(results["train"], case_of).values()]
     if results["kernels"]:

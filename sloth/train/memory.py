@@ -8,7 +8,7 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     the MLP       how many rows at a time, where all of them at once would not fit
     what is kept  on the device, or (but for gate and up) waiting in host memory
     embedding     on the device or, where it is not the head too, in host memory
-    recording     whether the layers are replayed as CUDA graphs: first where the host would be late
+    recording     whether the layers are replayed as CUDA graphs, where the host would be late
     NF4 layers    how many stay unpacked, with memory that is left over
 
 The steps up from P1 are taken in order of time saved per byte. The prediction counts what the
@@ -34,6 +34,8 @@ _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
 _HOST_RATE, _UNHIDDEN = 55e9, 0.08
 # What the host needs to launch a layer's two passes (2 to 4.5 ms measured).
 _HOST_SECONDS = 4e-3
+# What a recording reserves beyond its tensors (up to 0.09 seen): its memory is a pool of its own.
+_RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.
 _HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, from fast to small; all at once up to the first.
@@ -144,8 +146,6 @@ def make_plan(
     # DoRA's gains change the unpacked rows each step; products in 8 bits never read them.
     if sizes.quantized and not any(sizes.dora) and not sizes.fp8:
         keeps = _with_residents(memory, keeps, on_host, budget)
-    # With memory to spare, so that the host has time for other things.
-    keeps = _recorded(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
 
@@ -280,11 +280,13 @@ def is_host_bound(memory: StepMemory) -> bool:
 
 
 def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
-    """The layers replayed as CUDA graphs, where they may be and that fits."""
+    """The layers replayed as CUDA graphs, where they may be and that fits with room to spare: a
+    recording that runs out of memory cannot be tried again."""
     if keeps[0].offload or any(memory.sizes.dora):
         return keeps
     trial = [replace(keep, recorded=True) for keep in keeps]
-    return trial if memory.peak(trial, on_host) <= budget else keeps
+    fits = memory.peak(trial, on_host) * (1 + _RECORDING_SLACK) <= budget
+    return trial if fits else keeps
 
 
 def _with_residents(

@@ -29,9 +29,11 @@ def fetch(
     revision: str | None,
     patterns: Sequence[str],
     repo_type: str | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Path:
     """The folder of a repository's files, from the cache where they are there.
 
+    patterns: of the files wanted; leave_out: of those of them that are not.
     Raises CheckpointMismatch for a file that comes damaged each time; else what huggingface-hub
     raises for a last attempt.
     """
@@ -49,6 +51,7 @@ def fetch(
                     repo_type=repo_type,
                     revision=revision,
                     allow_patterns=list(patterns),
+                    ignore_patterns=list(leave_out),
                 )
             )
         except (HTTPError, OSError) as error:

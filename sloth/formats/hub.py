@@ -104,6 +104,8 @@ ALIASES: dict[str, tuple[str, str | None]] = {
 
 # What a model folder needs: never code, never pickles, and one of the weight formats.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md"]
+# The same weights again, in the layout of the model's makers.
+_LEFT_OUT = ["consolidated*", "original/*"]
 # Where the hub keeps its own conversion of a data set that comes in other files.
 _PARQUET_BRANCH = "refs/convert/parquet"
 _REPO_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
@@ -177,7 +179,7 @@ def _download(
 
     try:
         patterns = [p for p in _PATTERNS if weights or p != "*.safetensors"]
-        path = fetch(repo_id, revision, patterns)
+        path = fetch(repo_id, revision, patterns, leave_out=_LEFT_OUT)
     except GatedRepoError as error:
         instead = f" Or use the open 4-bit copy: sloth.load({open_copy!r})" if open_copy else ""
         raise UnknownModel(

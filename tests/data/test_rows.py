@@ -241,7 +241,7 @@ def test_row_27_a_data_set_on_the_hub_is_read_as_parquet_and_nothing_of_it_is_ru
     asked, empty = [], tmp_path / "empty"
     empty.mkdir()
 
-    def download(repo_id, *, repo_type, revision, allow_patterns):
+    def download(repo_id, *, repo_type, revision, allow_patterns, ignore_patterns):
         asked.append((repo_id, repo_type, revision, allow_patterns))
         if repo_id == "no/net":
             raise OSError("cut")

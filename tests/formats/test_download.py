@@ -21,6 +21,7 @@ def hub(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(CONTENT)
     (folder / "config.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
     traffic = Traffic()
     server = serve(folder, traffic)
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"
@@ -52,6 +53,12 @@ def test_row_27_the_right_bytes_come_through(hub, faults):
     hub.faults["model.safetensors"] = list(faults)
     assert fetched() == CONTENT
     assert not hub.faults["model.safetensors"], "every fault was met"
+
+
+def test_weights_in_two_layouts_come_once(hub):
+    fetched()
+    names = {file.name for file in resolve("org/tiny").path.iterdir()}
+    assert names == {"model.safetensors", "config.json"}
 
 
 def test_row_27_a_cut_transfer_goes_on_where_it_stopped(hub):

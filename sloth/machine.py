@@ -82,6 +82,11 @@ def free_host_gib() -> float | None:
     return min(free) / GIB if free else None
 
 
+def processes_here() -> int:
+    """How many processes of this run share the machine: torchrun says so, one without it."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+
+
 def _available_bytes() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

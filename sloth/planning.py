@@ -6,90 +6,133 @@ batch shape, and moves the embedding where the plan wants it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from sloth.errors import BudgetTooSmall
-from sloth.kernels.context import Keep
-from sloth.machine import free_host_gib
+from sloth.kernels.context import POLICIES, Keep
+from sloth.machine import free_host_gib, processes_here
 from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
 from sloth.train.memory import Plan, device_budget_gib, make_plan
-from sloth.train.step_memory import NetworkSizes
+from sloth.train.step_memory import GIB, NetworkSizes
 
 if TYPE_CHECKING:
     from sloth.model import Model
     from sloth.train.config import Optimizer
 
 # Of the host's free memory, what a plan may pin.
-_HOST_SHARE = 0.6
+_HOST_SHARE = 0.8
 # Lengths are planned for in steps of it, so that rows of many lengths share their plans.
 _BUCKET_TOKENS = 256
+# Of a trained element, AdamW's two moments, which belong to a step but to no module.
+_MOMENT_BYTES = 8
 
 
 class Planner:
-    """The plans of one network, by batch shape; made on first use and forgotten on a change."""
+    """The plans of one network, by batch shape; made on first use and forgotten on a change.
+
+    What belongs to the network and not to a shape, how many layers stay unpacked and where the
+    embedding is, is settled by the tightest plan so far: shapes that take turns change nothing.
+    """
 
     def __init__(self, network: Decoder) -> None:
         self.network = network
         self.memory_gib: float | None = None
         self._sizes: NetworkSizes | None = None
         self._plans: dict[tuple[int, int], Plan] = {}
-        self._max_resident: int | None = None
+        self._forward_tiles: dict[tuple[int, int], int | None] = {}
+        self._num_resident: int | None = None
+        self._embedding_on_host = False
 
     def forget(self) -> None:
         """After an adapter came or went: sizes and plans are those of another network."""
-        self._sizes, self._max_resident = None, None
+        self._sizes, self._num_resident, self._embedding_on_host = None, None, False
         self._plans.clear()
+        self._forward_tiles.clear()
         self.network.release()
 
     def keeps(self, batch: int, seq: int) -> Sequence[Keep]:
-        """What each layer keeps for a batch of this shape."""
-        if (batch, seq) in self._plans:
-            return self._plans[batch, seq].keeps
-        bucket = -(-seq // _BUCKET_TOKENS) * _BUCKET_TOKENS
-        if (batch, bucket) not in self._plans:
-            self.plan(batch, bucket)
-        return self._plans[batch, bucket].keeps
+        """What each layer keeps for a batch of this shape; nothing where no backward follows."""
+        bucket = batch, -(-seq // _BUCKET_TOKENS) * _BUCKET_TOKENS
+        if not torch.is_grad_enabled():
+            return self._forward_only(bucket)
+        for shape in ((batch, seq), bucket):
+            if shape in self._plans:
+                return self._plans[shape].keeps
+        return self.plan(*bucket).keeps
 
     def plan(self, batch: int, seq: int) -> Plan:
         """Plan for a shape within the stated budget, else within the memory that is free now.
 
-        Raises BudgetTooSmall where a stated budget cannot hold the smallest plan.
+        Raises BudgetTooSmall where a stated budget cannot hold the smallest plan; warns where what
+        is free may not.
         """
+        plan = self._make(batch, seq)
+        if not plan.fits:
+            if self.memory_gib is not None:
+                raise too_small(plan)
+            warnings.warn(str(too_small(plan)), stacklevel=2)
+        self._plans[batch, seq] = plan
+        self._settle(plan)
+        return self._plans[batch, seq]
+
+    def _make(self, batch: int, seq: int) -> Plan:
         if self._sizes is None:
             self._sizes = NetworkSizes.of(self.network)
-        plan = make_plan(self._sizes, batch, seq, self._budget_gib(), host_share_gib())
-        if self.memory_gib is not None and not plan.fits:
-            raise too_small(plan)
-        self._plans[batch, seq] = plan = self._with_steady_residents(plan)
-        self._move_embedding("cpu" if plan.embedding_on_host else self.network.device)
-        return plan
+        locked = self.network.workspace.stash.pool.num_bytes
+        return make_plan(self._sizes, batch, seq, self._budget_gib(), host_share_gib(locked))
 
     def _budget_gib(self) -> float | None:
         if self.memory_gib is not None:
             return self.memory_gib
-        return device_budget_gib(self.network.device)
+        return device_budget_gib(self.network.device, own_bytes(self.network))
 
-    def _with_steady_residents(self, plan: Plan) -> Plan:
-        """Layers that stay unpacked are chosen once and only ever become fewer."""
+    def _settle(self, plan: Plan) -> None:
+        """Layers that stay unpacked only ever become fewer, in every plan alike; an embedding that
+        one plan wants in host memory stays there for the others."""
         wanted = sum(keep.resident for keep in plan.keeps)
-        if self._max_resident is None or wanted <= self._max_resident:
-            self._max_resident = wanted
-            return plan
-        return plan.with_residents(self._max_resident)
-
-    def _move_embedding(self, device: str | torch.device) -> None:
+        if self._num_resident is None or wanted < self._num_resident:
+            self._num_resident = wanted
+        for shape, known in self._plans.items():
+            self._plans[shape] = known.with_residents(self._num_resident)
+        self._embedding_on_host |= plan.embedding_on_host
         weight = self.network.model.embed_tokens.weight
-        weight.data = weight.data.to(device)
+        device = torch.device("cpu") if self._embedding_on_host else self.network.device
+        if weight.device != device:
+            weight.data = weight.data.to(device)
+
+    def _forward_only(self, shape: tuple[int, int]) -> Sequence[Keep]:
+        """The least that can be kept, with the MLP in tiles where a step's would be."""
+        if shape not in self._forward_tiles:
+            plan = self._plans.get(shape) or self._make(*shape)
+            self._forward_tiles[shape] = plan.keeps[0].tile_tokens
+        bare = replace(POLICIES["P1"], tile_tokens=self._forward_tiles[shape])
+        unpacked, num_resident = replace(bare, resident=True), self._num_resident or 0
+        num_layers = len(self.network.model.layers)
+        return [unpacked if i < num_resident else bare for i in range(num_layers)]
 
 
-def host_share_gib() -> float | None:
-    """What a plan may pin of the host's memory, None where the system does not say."""
+def own_bytes(network: Decoder) -> int:
+    """What a network's steps hold on its device already, of all that the process has allocated."""
+    parameters = list(network.parameters())
+    tensors = [*parameters, *network.buffers(), *(p.grad for p in parameters)]
+    here = {t.data_ptr(): t.nbytes for t in tensors if t is not None and t.device == network.device}
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(here.values()) + network.workspace.num_bytes + _MOMENT_BYTES * trained
+
+
+def host_share_gib(locked: int = 0) -> float | None:
+    """What a plan may pin of the host's memory, None where the system does not say.
+
+    locked: bytes that the network has pinned already.
+    """
     free = free_host_gib()
-    return None if free is None else _HOST_SHARE * free
+    return None if free is None else _HOST_SHARE * (free + locked / GIB) / processes_here()
 
 
 def too_small(plan: Plan) -> BudgetTooSmall:
@@ -103,7 +146,8 @@ def too_small(plan: Plan) -> BudgetTooSmall:
 
 def predict(model: Model, batch: int, seq: int, optimizer: Optimizer) -> Plan:
     """What a step of a loaded model will take at the level it runs at. Changes nothing."""
-    network, budget = model.network, device_budget_gib(model.device)
+    network = model.network
+    budget = device_budget_gib(model.device, own_bytes(network))
     if model.level == "fused":
         return make_plan(NetworkSizes.of(network), batch, seq, budget, host_share_gib())
     return full_plan(network, batch, seq, budget, optimizer)

@@ -152,7 +152,7 @@ def test_a_plan_counts_both_copies_and_unpacks_nothing(folder: Path) -> None:
     logits(model)
     held = 0
     for block in model.network.model.layers:
-        for stack in model.network.workspace._layers[block].stacks.values():
+        for stack in model.network.workspace.prepared([block])[0].stacks.values():
             held += sum(tensor.nbytes for tensor in stack.weight)
     assert held == plans["fp8"].parts["copies in 8 bits"] * 2**30
     assert "copies in 8 bits" in str(plans["fp8"]) and "8 bits" not in str(plans[None])

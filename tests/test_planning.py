@@ -15,10 +15,11 @@ import sloth
 from sloth.errors import BudgetTooSmall, KernelUnavailable
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.fp8 import BaseCompute
+from sloth.kernels.layer import FusedLayer
 from sloth.models.llama import LlamaConfig, LlamaDecoder
 from sloth.planning import Planner
 from sloth.quant.linear4bit import Linear4bit
-from sloth.train.memory import FRAGMENTATION, extra_seconds, make_plan
+from sloth.train.memory import FRAGMENTATION, extra_seconds, free_budget_gib, make_plan
 from sloth.train.step_memory import NetworkSizes, StepMemory
 from tests import tolerance
 from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
@@ -169,6 +170,83 @@ def test_a_new_shape_is_planned_by_itself(folder: Path, monkeypatch: Any) -> Non
     assert shapes == [(2, 256), (1, 256)]
 
 
+def test_evaluation_keeps_nothing_and_changes_no_plan(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    model.plan(batch=2, seq=256, memory_gib=1.0)
+    trained = model._planner.keeps(2, 256)
+    assert all(keep.resident and keep.up for keep in trained)
+    with torch.no_grad():
+        for shape in ((2, 256), (64, 4096)):
+            keeps = model._planner.keeps(*shape)
+            bare = replace(POLICIES["P1"], resident=True)
+            assert [replace(keep, tile_tokens=None) for keep in keeps] == [bare] * len(keeps)
+    assert model._planner.keeps(2, 256) == trained
+
+
+def test_shapes_that_take_turns_prepare_each_layer_once(folder: Path, monkeypatch: Any) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    sizes = NetworkSizes.of(model.network)
+
+    def unpacked(seq: int, budget: float) -> int:
+        return sum(keep.resident for keep in make_plan(sizes, 2, seq, budget).keeps)
+
+    least = make_plan(sizes, 2, 512, 1e-4).predicted_gib / (1 - FRAGMENTATION)
+    budgets = (least * (1 + step / 1000) for step in range(3000))
+    budget = next(b for b in budgets if unpacked(256, b) > unpacked(512, b) > 0)
+    prepared = []
+    prepare = FusedLayer.__init__
+    monkeypatch.setattr(
+        FusedLayer, "__init__", lambda self, *a: (prepared.append(self), prepare(self, *a))[1]
+    )
+    model.plan(batch=2, seq=256, memory_gib=budget)
+    short, long = (torch.randint(3, 160, (2, length)) for length in (250, 500))
+    counts = []
+    for tokens in (short, long, short, long, short):
+        prepared.clear()
+        model.loss(tokens, tokens).backward()
+        with torch.no_grad():
+            model.loss(tokens[:1], tokens[:1])
+        counts.append(len(prepared))
+    assert counts[2:] == [0, 0, 0]
+
+
+def test_an_embedding_that_one_shape_wants_in_host_memory_stays_there(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    roomy = model.plan(batch=1, seq=40)
+    assert not model._planner._embedding_on_host
+    model._planner._settle(replace(roomy, embedding_on_host=True))
+    model._planner.plan(1, 300)
+    assert model._planner._embedding_on_host
+    model._planner.forget()
+    assert not model._planner._embedding_on_host
+
+
+def test_memory_of_others_in_the_process_is_not_counted_as_free() -> None:
+    gib = 2**30
+    alone = free_budget_gib(30 * gib, 45 * gib, 5 * gib, None, own=5 * gib)
+    beside = free_budget_gib(30 * gib, 45 * gib, 45 * gib, None, own=5 * gib)
+    assert alone == pytest.approx(75 * 0.98) and beside == pytest.approx(75 * 0.98 - 40)
+    capped = free_budget_gib(30 * gib, 10 * gib, 8 * gib, 12 * gib, own=8 * gib)
+    assert capped == pytest.approx(12 * 0.98)
+
+
+def test_what_is_free_may_not_be_enough_and_is_said(folder: Path, monkeypatch: Any) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    monkeypatch.setattr("sloth.planning.device_budget_gib", lambda device, own: 1e-4)
+    with pytest.warns(UserWarning, match="need at least"):
+        model.plan(batch=2, seq=40)
+
+
+def test_sizes_are_those_of_every_layer(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu")
+    config = sloth.LoraConfig(r=8, rank_pattern={r"layers\.2\.mlp\.up_proj": 256})
+    sizes = NetworkSizes.of(model.add_lora(config).network)
+    assert sizes.ranks == (64, 64, 320, 64) and sizes.shapes == (1, 1, 2, 1)
+    some = sloth.load(folder, quant="nf4", device="cpu").add_lora(layers=[1, 3])
+    assert NetworkSizes.of(some.network).ranks == (64, 64, 64, 64)
+    assert NetworkSizes.of(some.network).shapes == (2, 2, 2, 2)
+
+
 def test_only_the_fused_level_plans(folder: Path) -> None:
     model = sloth.load(folder, device="cpu", level="ops")
     with pytest.raises(KernelUnavailable, match="fused"):
@@ -178,7 +256,8 @@ def test_only_the_fused_level_plans(folder: Path) -> None:
 def test_embedding_may_wait_in_host_memory(folder: Path) -> None:
     model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
     expected = model.loss(TOKENS, TOKENS)
-    model._planner._move_embedding("cpu")
+    weight = model.network.model.embed_tokens.weight
+    weight.data = weight.data.to("cpu")
     assert torch.equal(model.loss(TOKENS, TOKENS), expected)
 
 

@@ -93,8 +93,12 @@ def _codes_or_values(base: Any) -> Tensor:
 
 def stamp(member: Any) -> tuple[int, int | None]:
     """Another value once a member's matrix was replaced or, by any in-place operation, written."""
-    values = _codes_or_values(member.base)
-    return member.address, None if values.is_inference() else values._version
+    return member.address, version_of(_codes_or_values(member.base))
+
+
+def version_of(values: Tensor) -> int | None:
+    """A count of in-place writes; None for a tensor of inference mode, which has none."""
+    return None if values.is_inference() else values._version
 
 
 class FP8Stack(LoraStack):

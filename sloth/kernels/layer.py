@@ -24,6 +24,7 @@ from sloth.kernels.fp8 import (
     require_fp8,
     require_fp8_stack,
     stamp,
+    version_of,
 )
 from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
@@ -38,6 +39,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+
+
+# Whether the adapter of each projection is on, in the order of GROUPS.
+Switches = tuple[bool, ...]
 
 
 class Norm(Protocol):
@@ -68,7 +73,8 @@ class FusedLayer:
     resident: its NF4 matrices stay unpacked, in scratch of its own; DoRA, whose gains change them
     at every step, and products of 8-bit floats refuse it (KernelUnavailable).
     stacks: by name. norms: modules with weight, eps and offset. matrices: A, B and magnitudes of
-    every projection in stack order, None without one or while the adapter is switched off.
+    every projection in stack order, None without one or while the adapter is switched off. like:
+    the same block with the adapter switched otherwise, whose matrices it shares.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class FusedLayer:
         dtype: torch.dtype,
         workspace: Workspace,
         resident: bool,
+        like: FusedLayer | None = None,
     ) -> None:
         self.wiring = wiring
         self.stash, self.resident = workspace.stash, resident
@@ -97,10 +104,15 @@ class FusedLayer:
             raise KernelUnavailable(
                 f"a layer with base_compute={self.base_compute!r} keeps nothing unpacked"
             )
+        if like is not None and like.is_dora:
+            like = None  # a stack with gains has those of its own last forward
         for name, paths in GROUPS.items():
-            shared = None if resident else workspace
             members = [modules[path] for path in paths]
-            self.stacks[name] = _prepare_stack(name, members, dtype, shared)
+            self.stacks[name] = (
+                _prepare_stack(name, members, dtype, None if resident else workspace)
+                if like is None
+                else like.stacks[name]
+            )
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
         every = list(self.stacks.values())
@@ -113,9 +125,11 @@ class FusedLayer:
         if resident and self._dora:
             raise KernelUnavailable("a layer with DoRA cannot stay unpacked: its rows are scaled")
         if resident:
-            self._codes.run()
+            if like is None:
+                self._codes.run()
             self._codes = NF4Batch([])
         self._state = self._states()
+        self.switches = self.switches_now()
         self.matrices: list[Tensor | None] = []
         for member in self.members:
             lora = member.lora
@@ -133,6 +147,16 @@ class FusedLayer:
         return bool(self._dora)
 
     @property
+    def unpacked(self) -> list[Tensor]:
+        """Matrices that only this layer holds, unpacked from codes."""
+        stacks = self.stacks.values() if self.resident else ()
+        return [stack.scratch for stack in stacks if isinstance(stack, Stack)]
+
+    def switches_now(self) -> Switches:
+        """Which of its members' adapters are on."""
+        return tuple(member.lora_enabled for member in self.members)
+
+    @property
     def has_dropout(self) -> bool:
         """Whether the next forward draws masks."""
         return any(m.lora_dropout and m.training and m.lora is not None for m in self.members)
@@ -143,9 +167,7 @@ class FusedLayer:
         return same and self._state == self._states()
 
     def _states(self) -> list[tuple[Any, ...]]:
-        """Of every member; copies in 8 bits must notice too what is written in place."""
-        states = [_state(member) for member in self.members]
-        return states + [stamp(m) for m in self.members if self.base_compute == "fp8"]
+        return [_state(member) for member in self.members]
 
     def fill(self) -> None:
         """Unpack the codes and write A and B as they are now: two launches.
@@ -205,13 +227,16 @@ class Workspace:
         # By first member of a stack; an adapter that is switched leaves them as they are.
         self._fp8: WeakKeyDictionary[nn.Module, tuple[Any, FP8Weight]] = WeakKeyDictionary()
         self.stash = HostStash()
-        self._layers: WeakKeyDictionary[nn.Module, FusedLayer] = WeakKeyDictionary()
+        # Of each block, by which of its adapters are switched on.
+        self._layers: WeakKeyDictionary[nn.Module, dict[Switches, FusedLayer]]
+        self._layers = WeakKeyDictionary()
 
     def clear(self) -> None:
         """Give all of it back; layers are prepared again when they next run."""
         self._scratch.clear()
         self._layers.clear()
         self._fp8.clear()
+        self.stash.clear()
 
     def scratch(
         self, name: str, shape: StackShape, dtype: torch.dtype, device: torch.device
@@ -235,19 +260,44 @@ class Workspace:
             self._scratch[key] = shape.factors(*key[2:])
         return FP8Stack(members, shape, self._scratch[key], known[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds on the device beside the network's own tensors."""
+        tensors = [*self._scratch.values()]
+        for variants in self._layers.values():
+            layer = next(iter(variants.values()))
+            tensors += layer.unpacked
+        copies = [part for _, weight in self._fp8.values() for part in weight]
+        return sum(tensor.nbytes for tensor in tensors + copies)
+
     def prepared(self, blocks: Iterable[nn.Module]) -> list[FusedLayer] | None:
-        """The blocks as they were last prepared; None if one has not been yet."""
-        layers = [self._layers.get(block) for block in blocks]
-        return None if None in layers else [layer for layer in layers if layer is not None]
+        """The blocks as they were last prepared, their adapters as they are switched now; None if
+        one has not been yet."""
+        layers = []
+        for block in blocks:
+            variants = self._layers.get(block)
+            known = next(iter(variants.values())) if variants else None
+            layer = variants.get(known.switches_now()) if variants and known else None
+            if layer is None:
+                return None
+            layers.append(layer)
+        return layers
 
     def layer(
         self, block: nn.Module, wiring: Wiring, dtype: torch.dtype, resident: bool
     ) -> FusedLayer:
         """The block, prepared to compute in `dtype`; made anew if a matrix was replaced."""
-        layer = self._layers.get(block)
-        if layer is None or not layer.is_current(dtype, resident):
-            layer = FusedLayer(block, wiring, dtype, self, resident)
-            self._layers[block] = layer
+        variants = self._layers.get(block, {})
+        known = next(iter(variants.values()), None)
+        if known is not None and not known.is_current(dtype, resident):
+            known, variants = None, {}
+        layer = variants.get(known.switches_now()) if known is not None else None
+        if layer is None:
+            # What is kept outlives an inference mode, whose tensors no other mode may use.
+            with torch.inference_mode(False):
+                layer = FusedLayer(block, wiring, dtype, self, resident, known)
+            variants[layer.switches] = layer
+            self._layers[block] = variants
         return layer
 
 
@@ -281,7 +331,8 @@ def _prepare_stack(
     )
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
-    is_dora = any(_magnitudes(member) is not None for member in members)
+    # Also while the adapter is off, when the gains are 1: a dense matrix then stays where it is.
+    is_dora = any(member.lora_magnitude_vector is not None for member in members)
     if workspace is not None and workspace.base_compute == "fp8":
         require_fp8(device, dtype)
         require_fp8_stack(name, shape, is_dora)
@@ -311,17 +362,16 @@ def _move_in(weight: Tensor, place: Tensor) -> None:
 
 
 def _state(member: Any) -> tuple[Any, ...]:
-    """What a prepared projection depends on."""
-    A, B, bias = member.lora_A, member.lora_B, member.bias
-    return (
-        member.address,
-        None if bias is None else bias.data_ptr(),
-        None if A is None else A.weight.data_ptr(),
-        None if B is None else B.weight.data_ptr(),
-        None if member.lora_magnitude_vector is None else member.lora_magnitude_vector.data_ptr(),
-        member.lora_scale,
-        member.lora_enabled,
+    """What a prepared projection depends on, but for whether its adapter is on: which tensors they
+    are, where they lie, and for those that are copied or cast what was written into them."""
+    adapter = (
+        None if member.lora_A is None else member.lora_A.weight,
+        None if member.lora_B is None else member.lora_B.weight,
+        member.lora_magnitude_vector,
     )
+    places = [(id(x), None if x is None else x.data_ptr()) for x in adapter]
+    bias = None if member.bias is None else (member.bias.data_ptr(), version_of(member.bias))
+    return (*stamp(member), bias, *places, member.lora_scale)
 
 
 def _draw(member: Any, like: Tensor, num_inputs: int) -> Tensor | None:

@@ -8,7 +8,7 @@ What a replay reads and writes stays where it was when recorded: the input, the 
 kept for the backward, the gradients. So a recording serves one forward at a time. A second one
 before the first one's backward runs unrecorded, as does whatever is not the recorded shape;
 gradients leave as copies of their own. A recording ends when the shape changes or anything it read
-is replaced.
+is replaced. Making one stops the device, so shapes that take turns are recorded ever more rarely.
 
 Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
 """
@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.layer import FusedLayer, Workspace
 
-# Passes of one shape in a row before it is recorded: the first ones compile kernels.
+# Passes of one shape in a row before it is recorded: the first ones compile kernels. Doubled each
+# time, after the first, that a recording gave way to another shape.
 _TRIES = 2
 
 # Hidden states [B, T, D] through every layer.
@@ -106,11 +107,12 @@ class Recorder:
         self._run, self._blocks, self._workspace = run, blocks, workspace
         self._record = record
         self._shape: object = None
-        self._tries = 0
+        self._tries, self._given_way = 0, 0
         self._recording: _Recording | None = None
 
     def forget(self) -> None:
         """Give the recording's memory back."""
+        self._given_way += self._recording is not None
         self._shape, self._tries, self._recording = None, 0, None
 
     def __call__(self, hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
@@ -130,7 +132,8 @@ class Recorder:
         if recording is None:
             self._tries += 1
             layers = self._workspace.prepared(self._blocks)
-            if self._tries <= _TRIES or layers is None or not all(map(_recordable, layers)):
+            needed = _TRIES * 2 ** max(self._given_way - 1, 0)
+            if self._tries <= needed or layers is None or not all(map(_recordable, layers)):
                 return self._run(hidden, contexts)
             recording = self._recording = _Recording(
                 self._run, layers, hidden, contexts, self._record

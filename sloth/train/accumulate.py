@@ -4,11 +4,11 @@ runs out.
     loss = sum over passes of (losses of the pass, summed / the count of them in the whole step)
 
 As each pass is divided by the count of the whole step (trained tokens, or pairs), the sum does not
-depend on how its rows are split. So on torch.OutOfMemoryError the half-made gradients are dropped,
-the generators put back, the rows of a pass halved for the rest of the run, and the step is done
-again: the same rows and tokens, the same loss up to the order of sums (dropout draws in other
-shapes, so with it another sample of the same distribution). Weights were not touched yet, so
-nothing is lost.
+depend on how its rows are split. So when memory runs out, or a longer batch turns out not to fit a
+stated budget, the half-made gradients are dropped, the generators put back, the rows of a pass
+halved for the rest of the run, and the step is done again: the same rows and tokens, the same loss
+up to the order of sums (dropout draws in other shapes, so with it another sample of the same
+distribution). Weights were not touched yet, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sloth.data.dataset import Batch
-from sloth.errors import OutOfMemory
+from sloth.errors import BudgetTooSmall, OutOfMemory
 from sloth.train.checkpoint import rng_tensors, set_rng
 from sloth.train.objectives import Objective
 from sloth.train.ranks import Number, Ranks
@@ -83,7 +83,7 @@ class Accumulator:
         while True:
             try:
                 return self._passes(batches, sizes)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, BudgetTooSmall) as error:
                 why = str(error).split(". ")[0]
             # Out of the except block: the traceback held the frames, and those the activations.
             self._forget()

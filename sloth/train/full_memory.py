@@ -51,9 +51,10 @@ def require_room(
     instead: what to do then, put into words only if it comes to that.
     """
     if device.type == "cuda":
-        budget = device_budget_gib(device)
+        held = torch.cuda.memory_allocated(device)
+        budget = device_budget_gib(device, held)
         assert budget is not None
-        free = budget * (1 - FRAGMENTATION) - torch.cuda.memory_allocated(device) / GIB
+        free = budget * (1 - FRAGMENTATION) - held / GIB
     else:
         on_host = free_host_gib()
         if on_host is None:

@@ -149,19 +149,24 @@ def make_plan(
     return _finished(memory, keeps, on_host, budget_gib)
 
 
-def free_budget_gib(device_free: int, reserved: int, allocated: int, cap: int | None) -> float:
+def free_budget_gib(
+    device_free: int, reserved: int, allocated: int, cap: int | None, own: int = 0
+) -> float:
     """Budget from bytes that are free on the device or already reserved by this process.
 
+    allocated: bytes in use, of which `own` are the network's; the others belong to somebody else.
     cap: bytes this process may reserve at most, None for no cap.
     """
     usable = device_free + reserved
     if cap is not None:
         usable = min(usable, cap)
-    return max(usable * (1 - _MARGIN), allocated) / GIB
+    others = max(allocated - own, 0)
+    return max(usable * (1 - _MARGIN) - others, min(own, allocated)) / GIB
 
 
-def device_budget_gib(device: torch.device) -> float | None:
-    """What this process may reserve on a GPU, what it already holds included; None on a CPU."""
+def device_budget_gib(device: torch.device, own_bytes: int = 0) -> float | None:
+    """What a network may reserve on a GPU, the `own_bytes` it already holds included; None on a
+    CPU."""
     if device.type != "cuda":
         return None
     if device.index is None:
@@ -170,7 +175,7 @@ def device_budget_gib(device: torch.device) -> float | None:
     fraction = torch.cuda.get_per_process_memory_fraction(device)
     cap = int(fraction * total) if fraction < 1 else None
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-    return free_budget_gib(free, reserved, allocated, cap)
+    return free_budget_gib(free, reserved, allocated, cap, own_bytes)
 
 
 def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float | None) -> Plan:

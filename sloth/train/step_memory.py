@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sloth.kernels.context import Keep
 from sloth.kernels.dispatch import wiring_of
 from sloth.kernels.fp8 import TURNED_COLUMNS
+from sloth.kernels.layer import GROUPS
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.kernels.stacked import padded
 
@@ -34,8 +35,10 @@ class NetworkSizes:
     """Widths, ranks and bytes of a network; everything a prediction reads.
 
     hidden D, qkv (H + 2 K) E, queries H E, heads H, ffn F, vocab V. ranks: of the stacks qkv, o,
-    gate_up and down, padded. element: bytes of an activation. weights: all stored weights but the
-    embedding, embedding in bytes; it stays on the device where it is the head too, or is trained.
+    gate_up and down, padded, the largest of any layer. shapes: how many sizes each stack comes in,
+    since layers of one size share their scratch. element: bytes of an activation. weights: all
+    stored weights but the embedding, embedding in bytes; it stays on the device where it is the
+    head too, or is trained.
     trainable: elements trained. post_norms: whether a norm follows each half. dora: whether the
     stacks qkv, o, gate_up and down have DoRA's magnitudes. head_gradient: bytes of the gradient of
     the head's matrix, and of the copy that an adapter on it is computed with; 0 if it is frozen.
@@ -60,6 +63,7 @@ class NetworkSizes:
     dora: tuple[bool, bool, bool, bool] = (False, False, False, False)
     head_gradient: int = 0
     fp8: bool = False
+    shapes: tuple[int, int, int, int] = (1, 1, 1, 1)
 
     @property
     def stack_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -96,42 +100,47 @@ class NetworkSizes:
     @classmethod
     def of(cls, network: Any) -> NetworkSizes:
         """Read a decoder, on any device: on meta too, where nothing is loaded."""
-        block, config = network.model.layers[0], network.config
-        attention, mlp = block.self_attn, block.mlp
-
-        stacks = (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj,),
-            (mlp.gate_proj, mlp.up_proj),
-            (mlp.down_proj,),
-        )
-        q, o, g, d = (
-            padded(sum(len(m.lora_A.weight) for m in members if m.has_lora)) for members in stacks
-        )
+        config, layers = network.config, [_stacks_of(block) for block in network.model.layers]
+        ranks = [[tuple(map(_rank, stack)) for stack in layer] for layer in layers]
+        by_stack = list(zip(*ranks, strict=True))
+        q, o, g, d = (max(padded(sum(each)) for each in stack) for stack in by_stack)
+        q_shapes, o_shapes, g_shapes, d_shapes = (len(set(stack)) for stack in by_stack)
         q_dora, o_dora, g_dora, d_dora = (
-            any(m.lora_magnitude_vector is not None for m in members) for members in stacks
+            any(m.lora_magnitude_vector is not None for stack in stacks for m in stack)
+            for stacks in zip(*layers, strict=True)
         )
+        (q_proj, k_proj, v_proj), _, _, (down_proj,) = layers[0]
+        projections = [m for layer in layers for stack in layer for m in stack]
         embedding = network.model.embed_tokens.weight
         return cls(
-            num_layers=len(network.model.layers),
-            hidden=attention.q_proj.in_features,
-            qkv=sum(m.out_features for m in (attention.q_proj, attention.k_proj, attention.v_proj)),
-            queries=attention.q_proj.out_features,
+            num_layers=len(layers),
+            hidden=q_proj.in_features,
+            qkv=sum(m.out_features for m in (q_proj, k_proj, v_proj)),
+            queries=q_proj.out_features,
             heads=config.num_attention_heads,
-            ffn=mlp.down_proj.in_features,
+            ffn=down_proj.in_features,
             vocab=len(embedding),
             ranks=(q, o, g, d),
             element=embedding.element_size(),
             weights=_stored_bytes(network) - embedding.nbytes,
             embedding=embedding.nbytes,
             embedding_stays=_shares_embedding(network) or embedding.requires_grad,
-            quantized=not isinstance(attention.q_proj.base, Tensor),
+            quantized=any(not isinstance(m.base, Tensor) for m in projections),
             trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
             post_norms=len(wiring_of(network.model_type).norms) == 4,
             dora=(q_dora, o_dora, g_dora, d_dora),
             head_gradient=_head_gradient(network),
             fp8=network.base_compute == "fp8",
+            shapes=(q_shapes, o_shapes, g_shapes, d_shapes),
         )
+
+
+def _stacks_of(block: nn.Module) -> list[list[Any]]:
+    return [[block.get_submodule(path) for path in paths] for paths in GROUPS.values()]
+
+
+def _rank(projection: Any) -> int:
+    return len(projection.lora_A.weight) if projection.has_lora else 0
 
 
 def _shares_embedding(network: Any) -> bool:
@@ -196,12 +205,12 @@ class StepMemory:
         ones live in scratch of their own, whose padding alone is new. DoRA: gains, squared norms,
         and what taking them holds. With copies in 8 bits, of A and B alone."""
         s, total = self.sizes, 0
-        parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, strict=True)
-        for (outputs, inputs), rank, scratch, is_dora in parts:
+        parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, s.shapes, strict=True)
+        for (outputs, inputs), rank, scratch, is_dora, shapes in parts:
             if s.fp8:
-                total += (outputs + inputs) * rank * s.element
+                total += shapes * (outputs + inputs) * rank * s.element
             elif s.quantized or is_dora:
-                total += scratch
+                total += shapes * scratch
             else:
                 total += s.num_layers * (scratch - outputs * inputs * s.element)
             if is_dora:

@@ -264,8 +264,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             if dweight is not None:
                 dweight += sum_over_rows(logits, trained[part], wide)
             del logits  # before the next chunk's are made
-        divisor = torch.as_tensor(_divisor(labels, num_trained), device=hidden.device)
-        ctx.save_for_backward(dtrained, dweight, rows, divisor)
+        divisor = _divisor(labels, num_trained)
+        # A number stays one: sent to the device, it would make the host wait for the layers.
+        ctx.number = None if isinstance(divisor, Tensor) else divisor
+        ctx.save_for_backward(dtrained, dweight, rows, divisor if ctx.number is None else None)
         ctx.shape, ctx.weight_dtype = hidden.shape, weight.dtype
         return total / divisor
 
@@ -273,7 +275,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         dtrained, dweight, rows, divisor = ctx.saved_tensors
-        factor = dloss / divisor
+        factor = dloss / (divisor if ctx.number is None else ctx.number)
         dhidden = None
         if dtrained is not None:
             dhidden = scaled_rows(dtrained, factor.expand(len(rows)), rows, ctx.shape)

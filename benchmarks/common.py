@@ -46,7 +46,7 @@ def arguments(description: str, variants: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--packed", action="store_true", help="rows packed with short documents")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="0: the first one alone")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", choices=("nf4", "bf16"), default="nf4", help="of the base")
     parser.add_argument("--memory-gib", type=float, help="allocating beyond this fails")
@@ -116,11 +116,15 @@ def measure(
     norm = _gradient_norm(trainable)
     assert math.isfinite(first_loss), f"the first loss is {first_loss}"
     assert math.isfinite(norm) and norm > 0, f"the norm of the first gradient is {norm}"
-    for _ in range(WARM_UP_STEPS - 1):
-        step()
-    times_ms, peak_gib, reserved_gib = _time(step, args.steps)
-    last_loss = step().item()
-    host_ms = _host_ms(step, random_batch(shape.vocabulary, 1, HOST_TOKENS, seed=0).to(DEVICE))
+    if args.steps:
+        for _ in range(WARM_UP_STEPS - 1):
+            step()
+        times_ms, peak_gib, reserved_gib = _time(step, args.steps)
+        last_loss = step().item()
+        host_ms = _host_ms(step, random_batch(shape.vocabulary, 1, HOST_TOKENS, seed=0).to(DEVICE))
+    else:  # whether it runs at all, in one step of minutes
+        times_ms, last_loss, host_ms = [first_step_s * 1e3], first_loss, math.nan
+        peak_gib, reserved_gib = _peak_gib()
     tokens = statistics.mean(batch.num_tokens for batch in batches)
     trained = statistics.mean(batch.num_trained for batch in batches)
     flops = statistics.mean(step_flops(shape, b.lengths, b.num_trained) for b in batches)
@@ -147,11 +151,10 @@ def measure(
         "step_tflop": flops / 1e12,
         "peak_gib": round(peak_gib, 2),
         "reserved_gib": round(reserved_gib, 2),
-        "host_ms": round(host_ms, 1),
         "load_s": round(load_s, 1),
         "first_step_s": round(first_step_s, 1),
     }
-    emit(result)
+    emit(result if math.isnan(host_ms) else result | {"host_ms": round(host_ms, 1)})
 
 
 def device_name() -> str:
@@ -201,8 +204,15 @@ def _time(step: Callable[[], Tensor], num_steps: int) -> tuple[list[float], floa
         event.record()
     torch.cuda.synchronize()
     times_ms = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return times_ms, *_peak_gib()
+
+
+def _peak_gib() -> tuple[float, float]:
+    """GiB allocated and reserved at most since the last reset."""
+    if DEVICE.type == "cpu":
+        return 0.0, 0.0
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return times_ms, peak / GIB, reserved / GIB
+    return peak / GIB, reserved / GIB
 
 
 def _host_ms(step: Callable[[Batch], Tensor], batch: Batch) -> float:

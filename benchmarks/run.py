@@ -120,11 +120,14 @@ class Processes:
         return results, lines[-1].strip()[:300] if lines else f"status {done.returncode}"
 
 
-def checkpoint(processes: Processes, folder: Path, model: str, dtype: str) -> Path:
+def checkpoint(
+    processes: Processes, folder: Path, model: str, dtype: str, in_memory: bool = False
+) -> Path:
     """The folder of random weights of a model, made on first use."""
     path = folder.resolve() / f"{model}-{dtype}"
     if not (path / "config.json").exists():
         command = ["tools.random_checkpoint", model, str(path)] + ["--nf4"] * (dtype == "nf4")
+        command += ["--config-only"] * in_memory
         _, why = processes.run(command, is_peer=False)
         if not (path / "config.json").exists():
             sys.exit(f"no checkpoint of {model}: {why}")
@@ -139,7 +142,7 @@ def train_rows(
         args.models, args.dtypes, args.shapes
     ):
         case = Case(model, dtype, args.rank, batch, length, packed)
-        folder = checkpoint(processes, args.checkpoints, model, dtype)
+        folder = checkpoint(processes, args.checkpoints, model, dtype, args.in_memory)
         for round_number in range(args.rounds):
             order = args.contenders if round_number % 2 == 0 else args.contenders[::-1]
             for who in order:
@@ -260,7 +263,8 @@ def options() -> argparse.ArgumentParser:
     add("--checkpoints", type=Path, help="folder of random checkpoints, filled on first use")
     add("--out", type=Path, required=True, help="folder for <gpu>.json and <gpu>.md")
     add("--rank", type=int, default=16)
-    add("--steps", type=int, default=20)
+    add("--steps", type=int, default=20, help="0: the first step alone, compilation included")
+    add("--in-memory", action="store_true", help="random weights made by sloth, none on the disk")
     add("--rounds", type=int, default=1)
     add("--ops", default=",".join(OPS), help="kernel cases, by commas")
     add("--tokens", default="2048,8192", help="rows of the kernel cases, by commas")

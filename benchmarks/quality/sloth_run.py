@@ -14,7 +14,8 @@ def run(name: str, description: str, base_compute: str | None = None) -> None:
     )
     model.add_lora(r=RANK, alpha=ALPHA)
     model.network.train()
-    train(name, args, model.loss, [p for p in model.network.parameters() if p.requires_grad])
+    trainable = [p for p in model.network.parameters() if p.requires_grad]
+    train(name, args, model.loss, trainable, model.network.as_stored)
 
 
 if __name__ == "__main__":

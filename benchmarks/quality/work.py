@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -90,11 +91,16 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def train(
-    name: str, args: argparse.Namespace, loss_of: LossOf, trainable: list[torch.nn.Parameter]
+    name: str,
+    args: argparse.Namespace,
+    loss_of: LossOf,
+    trainable: list[torch.nn.Parameter],
+    as_stored: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Train over the seed's batches and print one JSON line.
 
-    loss_of: (tokens, labels), labels unshifted -> mean loss over the trained tokens.
+    loss_of: (tokens, labels), labels unshifted -> mean loss over the trained tokens. as_stored:
+    inside, it is that of the model as files hold it: what the held-out loss is taken of.
     """
     batches = list(read_batches(args.work / f"seed-{args.seed}.safetensors"))
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
@@ -102,7 +108,9 @@ def train(
         optimizer,
         lambda step: min((step + 1) / WARM_UP_STEPS, (len(batches) - step) / len(batches)),
     )
-    losses, norms, held_out = [], [], {0: evaluate(args.work, loss_of)}
+    losses, norms, held_out = [], [], {}
+    with as_stored():
+        held_out[0] = evaluate(args.work, loss_of)
     for step, (tokens, labels) in enumerate(batches, start=1):
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(tokens, labels)
@@ -112,8 +120,11 @@ def train(
         schedule.step()
         losses.append(loss.item())
         if step % EVAL_STEPS == 0 or step == len(batches):
-            held_out[step] = evaluate(args.work, loss_of)
+            with as_stored():
+                held_out[step] = evaluate(args.work, loss_of)
+    found_as_trained = evaluate(args.work, loss_of)
     found = {"losses": losses, "gradient_norms": norms, "held_out": held_out}
+    found["held_out_as_trained"] = found_as_trained
     emit({"name": name, "seed": args.seed, **found})
 
 

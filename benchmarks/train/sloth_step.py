@@ -2,7 +2,8 @@
 
 --variant is a kernel level (auto, fused, ops, reference), or fp8: base_compute="fp8". --memory-gib
 caps what the process may allocate, and is handed to the planner, which then decides what the
-backward keeps; without it the planner takes what is free.
+backward keeps; without it the planner takes what is free. A folder with config.json alone stands
+for random weights made on the device.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 import sloth
-from benchmarks.common import ALPHA, Clock, arguments, measure
+from benchmarks.common import ALPHA, DEVICE, Clock, arguments, measure
 from benchmarks.data import Batch
+from tools.random_checkpoint import random_model
 
 
 def main() -> None:
@@ -22,7 +24,10 @@ def main() -> None:
     clock = Clock()
     # Named only if asked for: the suite also measures revisions that do not have it.
     how = {"base_compute": "fp8"} if args.variant == "fp8" else {"level": args.variant}
-    model: Any = sloth.load(args.folder, dtype=torch.bfloat16, **how)
+    if list(args.folder.glob("*.safetensors")):
+        model: Any = sloth.load(args.folder, dtype=torch.bfloat16, **how)
+    else:
+        model = random_model(args.folder, DEVICE.type)
     model.add_lora(sloth.LoraConfig(r=args.rank, alpha=ALPHA))
     setting = f"level {model.level}"
     # Asked for, not assumed: the suite also measures revisions that have no planner yet.

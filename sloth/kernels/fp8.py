@@ -34,7 +34,8 @@ from sloth.kernels.ops.batch import NF4Batch, NF4Part
 from sloth.kernels.ops.fp8_cast import FP8, fp8_cast
 from sloth.kernels.ops.fp8_product import CAPABILITY, MULTIPLE, fp8_product
 from sloth.kernels.ops.nf4 import NF4Weight
-from sloth.kernels.stacked import LoraStack, Masks, StackShape, wide_rows
+from sloth.kernels.stack_shape import StackShape, wide_rows
+from sloth.kernels.stacked import LoraStack, Masks
 
 # What the products with the frozen matrices run on; None: the dtype of the activations.
 BaseCompute = Literal["fp8"] | None
@@ -119,6 +120,10 @@ class FP8Stack(LoraStack):
         """X [T, K]: nothing stands behind it."""
         return wide_rows(num_rows, self.K, self.A)
 
+    def taken_in(self, x: Tensor, masks: Masks = None) -> tuple[Tensor, Tensor | None]:
+        """x itself."""
+        return x, None
+
     def forward(
         self,
         x: Tensor,
@@ -126,11 +131,12 @@ class FP8Stack(LoraStack):
         add: Tensor | None = None,
         out: Tensor | None = None,
         member: int | None = None,
+        low: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """LoRA and `add` are added to the rounded product."""
         rows = slice(0, self.N) if member is None else self.slots[member].rows
         x, w = x[:, : self.K], self.weight
-        low = self.low_product(x, masks)
+        low = self.low_product(x, masks) if low is None else low
         x8, scales = fp8_cast(x)
         bias = None if self.bias is None else self.bias[rows]
         y = fp8_product(

@@ -23,7 +23,9 @@ from torch.autograd.function import once_differentiable
 from sloth.kernels import halves
 from sloth.kernels.context import BlockContext
 from sloth.kernels.layer import FusedLayer, Wiring, Workspace, prepare
-from sloth.kernels.ops.rms_norm import rms_norm_bwd, rms_norm_fwd
+from sloth.kernels.normed import Normed, normed_input
+from sloth.kernels.ops.post_norm import post_norm_fwd
+from sloth.kernels.ops.rms_norm import rms_norm_bwd
 from sloth.kernels.rows import as_rows
 from sloth.kernels.saved import Gradients, Saved
 
@@ -53,7 +55,8 @@ class Gemma2BlockFunction(torch.autograd.Function):
         norm1, norm2, norm3, norm4 = layer.norms
 
         # q, k, v = P(norm1(x));  o = attention(q, k, v);  a = P_o(o)
-        n1, _ = halves.normed_input(layer.qkv, norm1, x_ND)
+        n1, rstd1 = normed_input(layer.qkv, norm1, x_ND)
+        saved.put_rstd(1, rstd1)
         qkv = halves.project_qkv(layer, n1, x.shape, context, saved)
         del n1
         o, stats = halves.attend(layer, qkv, x.shape, context)
@@ -67,15 +70,28 @@ class Gemma2BlockFunction(torch.autograd.Function):
         del qkv, o, stats
 
         # h = x + norm2(a);  m = MLP(norm3(h));  y = h + norm4(m)
-        h = _plus_normed(x_ND, norm2, a)
-        del a
-        m = torch.empty_like(h)
-        for rows in halves.tiles(len(h), keep.tile_tokens):
-            n3, _ = halves.normed_input(layer.gate_up, norm3, h[rows])
-            m[rows] = halves.mlp(layer, n3, keep, saved, rows)
+        if keep.tile_tokens is None:
+            n3 = layer.gate_up.new_input(len(x_ND))
+            out = n3[:, : layer.gate_up.K]
+            h, rstd2, rstd3 = post_norm_fwd(a, x_ND, norm2, norm3, out)
+            assert rstd3 is not None
+            saved.put_rstd(3, rstd3)
+            del a, out
+            m = halves.mlp(layer, n3, keep, saved, slice(0, len(h)))
             del n3
+        else:
+            h, rstd2, _ = post_norm_fwd(a, x_ND, norm2)
+            del a
+            m = torch.empty_like(h)
+            for rows in halves.tiles(len(h), keep.tile_tokens):
+                n3, rstd3 = normed_input(layer.gate_up, norm3, h[rows])
+                saved.put_rstd(3, rstd3, rows)
+                m[rows] = halves.mlp(layer, n3, keep, saved, rows)
+                del n3
         saved.m = m
-        y = _plus_normed(h, norm4, m)
+        y, rstd4, _ = post_norm_fwd(m, h, norm4)
+        saved.put_rstd(2, rstd2)
+        saved.put_rstd(4, rstd4)
         saved.store(ctx, matrices, keep.offload)
         ctx.layer, ctx.context, ctx.shape = layer, context, x.shape
         return y.view(x.shape)
@@ -96,22 +112,26 @@ class Gemma2BlockFunction(torch.autograd.Function):
         # What was not kept is made again, in the forward's order.
         x, qkv, o, a, m = saved.x, saved.qkv, saved.o, saved.a, saved.m
         if qkv is None:
-            n1, _ = halves.normed_input(layer.qkv, norm1, x)
+            n1, _ = normed_input(layer.qkv, norm1, x)
             qkv = halves.project_qkv(layer, n1, ctx.shape, context, saved)
             del n1
         if o is None:
             o, saved.stats = halves.attend(layer, qkv, ctx.shape, context)
         if a is None:
             a = halves.project_o(layer, o, saved)
-        h = _plus_normed(x, norm2, a)
+        h, _, _ = post_norm_fwd(a, x, norm2)
 
         # y = h + norm4(m);  m = MLP(norm3(h)), and h reaches y directly too
         dh = torch.empty_like(h)
         for rows in halves.tiles(len(x), context.keep.tile_tokens):
             dm = layer.down.new_output_gradient(len(h[rows]))
-            _norm_backward(norm4, dy_ND[rows], m[rows], out=dm[:, : layer.down.N])
+            rms_norm_bwd(
+                *(dy_ND[rows], m[rows], norm4.weight, saved.rstds[4][rows], norm4.offset, False),
+                out=dm[:, : layer.down.N],
+            )
             layer.down.spread(dm)
-            n3, rstd3 = halves.normed_input(layer.gate_up, norm3, h[rows])
+            rstd3 = saved.rstds[3][rows]
+            n3 = Normed(layer.gate_up, norm3, h[rows], rstd3)
             dn3 = halves.mlp_backward(layer, dm, n3, saved, rows, grads, into_h)
             del dm, n3
             if dn3 is not None:
@@ -128,7 +148,9 @@ class Gemma2BlockFunction(torch.autograd.Function):
 
         # h = x + norm2(a);  a = P_o(o)
         da = layer.o.new_output_gradient(len(x))
-        _norm_backward(norm2, dh, a, out=da[:, : layer.o.N])
+        rms_norm_bwd(
+            *(dh, a, norm2.weight, saved.rstds[2], norm2.offset, False), out=da[:, : layer.o.N]
+        )
         layer.o.spread(da)
         grads.add("o", da, halves.merged(o), saved, outputs=layer.o.output_parts(a))
         if not into_attention:
@@ -140,28 +162,15 @@ class Gemma2BlockFunction(torch.autograd.Function):
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
         outputs = layer.qkv.output_parts(qkv)
         del do, qkv, o
-        n1, rstd1 = rms_norm_fwd(x, norm1.weight, norm1.eps, norm1.offset)
-        grads.add("qkv", dqkv, n1, saved, outputs=outputs)
+        rstd1 = saved.rstds[1]
+        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, outputs=outputs)
         del outputs
         dx = None
         if need_dx:
-            del n1
             dn1 = layer.qkv.input_gradient(dqkv, saved.masks_of("qkv"))
             dx, _ = rms_norm_bwd(dn1, x, norm1.weight, rstd1, norm1.offset, False, dresidual=dh)
             dx = dx.view(ctx.shape)
         return dx, None, None, *grads.in_order()
-
-
-def _plus_normed(x: Tensor, norm: Any, branch: Tensor) -> Tensor:
-    """x + norm(branch) [n, D]."""
-    normed, _ = rms_norm_fwd(branch, norm.weight, norm.eps, norm.offset)
-    return normed.add_(x)
-
-
-def _norm_backward(norm: Any, dy: Tensor, x: Tensor, out: Tensor) -> None:
-    """Gradient of x, of norm(x) [n, D], into `out`."""
-    _, rstd = rms_norm_fwd(x, norm.weight, norm.eps, norm.offset)
-    rms_norm_bwd(dy, x, norm.weight, rstd, norm.offset, False, out=out)
 
 
 def block(

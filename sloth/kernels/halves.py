@@ -20,23 +20,15 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.context import BlockContext, Keep
-from sloth.kernels.layer import FusedLayer, Norm
+from sloth.kernels.layer import FusedLayer
+from sloth.kernels.normed import Normed
 from sloth.kernels.ops.attention import attention_bwd, attention_fwd
 from sloth.kernels.ops.glu import glu_bwd, glu_fwd
+from sloth.kernels.ops.glu_lora import Ranks, glu_lora_bwd
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
-from sloth.kernels.ops.rms_norm import rms_norm_fwd
 from sloth.kernels.ops.rope import rope_bwd, rope_fwd
 from sloth.kernels.saved import Gradients, Saved
-from sloth.kernels.stacked import LoraStack
-
-# -- norms, into room for a tail ------------------------------------------------------------------
-
-
-def normed_input(stack: LoraStack, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x) [n, D + R] with its tail still to be filled, and its rstd."""
-    wide = stack.new_input(len(x))
-    _, rstd = rms_norm_fwd(x, norm.weight, norm.eps, norm.offset, out=wide[:, : stack.K])
-    return wide, rstd
+from sloth.kernels.stacked import Masks, Sums
 
 
 def tiles(num_rows: int, size: int | None) -> Iterator[slice]:
@@ -101,10 +93,9 @@ def attend_backward(
 
 def project_o(layer: FusedLayer, o_BHTE: Tensor, saved: Saved) -> Tensor:
     """P_o(o) [N, D]."""
-    o_ND = merged(o_BHTE)
-    wide = layer.o.new_input(len(o_ND))
-    wide[:, : layer.o.K] = o_ND
-    delta, saved.lows["o"] = layer.o.forward(wide, saved.masks_of("o"))
+    masks = saved.masks_of("o")
+    x, low = layer.o.taken_in(merged(o_BHTE), masks)
+    delta, saved.lows["o"] = layer.o.forward(x, masks, low=low)
     return delta
 
 
@@ -115,8 +106,8 @@ def merged(x_BHTE: Tensor) -> Tensor:
 
 def _split(layer: FusedLayer, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, T, heads, E] of q, k and v in a stacked buffer [N, ..]."""
-    parts = (qkv[:, slot.rows] for slot in layer.qkv.slots)
-    q, k, v = (x.unflatten(0, shape[:-1]).unflatten(-1, (-1, layer.head_dim)) for x in parts)
+    heads = qkv[:, : layer.qkv.N].view(*shape[:-1], -1, layer.head_dim)
+    q, k, v = heads.split([n // layer.head_dim for n in layer.qkv.shape.outputs], dim=2)
     return q, k, v
 
 
@@ -175,7 +166,7 @@ def mlp(
 def mlp_backward(
     layer: FusedLayer,
     dy: Tensor,
-    n2: Tensor,
+    n2: Normed,
     saved: Saved,
     rows: slice,
     grads: Gradients,
@@ -186,32 +177,46 @@ def mlp_backward(
     saved.m: the MLP's output, where DoRA on down_proj wants it.
     """
     ffn, activation = layer.down.K, layer.wiring.activation
-    y = layer.down.output_parts(saved.m[rows]) if layer.down.is_dora else None
     d_gate_up = layer.gate_up.new_output_gradient(len(dy))
     dgate, dup = d_gate_up[:, :ffn], d_gate_up[:, ffn : 2 * ffn]
-    gate, up = saved.gate, saved.up
-    if up is None:
-        # Into the places of their gradients, which take over element by element; DoRA reads both.
-        apart = layer.gate_up.is_dora
-        room = d_gate_up.new_empty(len(dy), 2 * ffn) if apart else d_gate_up[:, : 2 * ffn]
-        masks = saved.masks_of("gate_up", rows)
-        if gate is None:
-            layer.gate_up.forward(n2, masks, out=room)
-            gate = room[:, :ffn]
-        else:
-            layer.gate_up.forward(n2, masks, out=room[:, ffn:], member=1)
-        up = room[:, ffn:]
+    masks, down_masks = saved.masks_of("gate_up", rows), saved.masks_of("down", rows)
+    gate, up = _gate_and_up(layer, d_gate_up, n2, saved, masks)
+    y = layer.down.output_parts(saved.m[rows]) if layer.down.is_dora else None
     if not (need_dn2 or grads.wants("gate_up")):
         grads.add("down", dy, glu_fwd(gate, up, activation), saved, rows, y)
         return None
-    dproduct = layer.down.input_gradient(dy, saved.masks_of("down", rows))
-    glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
-    grads.add("down", dy, dproduct, saved, rows, y)  # by now the product itself
+    dproduct = layer.down.input_gradient(dy, down_masks)
+    if masks or down_masks or layer.gate_up.is_dora or layer.down.is_dora:
+        glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
+        grads.add("down", dy, dproduct, saved, rows, y)  # by now the product itself
+        sums = Sums()
+    else:
+        v, low = dy[:, layer.down.N :], saved.lows["gate_up"][rows]
+        ranks = Ranks(*layer.down.shape.ranks, *layer.gate_up.shape.ranks)
+        dA, *dBs = glu_lora_bwd(dproduct, gate, up, activation, v, low, ranks, (dgate, dup))
+        grads.add("down", dy, None, saved, rows, sums=Sums(dA=dA))
+        sums = Sums(dB=dBs)
     outputs = (gate, up) if layer.gate_up.is_dora else None
     del dproduct, gate, up
     layer.gate_up.spread(d_gate_up)
-    grads.add("gate_up", d_gate_up, n2, saved, rows, outputs)
+    grads.add("gate_up", d_gate_up, n2, saved, rows, outputs, sums)
     del outputs
-    if not need_dn2:
-        return None
-    return layer.gate_up.input_gradient(d_gate_up, saved.masks_of("gate_up", rows))
+    return layer.gate_up.input_gradient(d_gate_up, masks) if need_dn2 else None
+
+
+def _gate_and_up(
+    layer: FusedLayer, d_gate_up: Tensor, n2: Normed, saved: Saved, masks: Masks
+) -> tuple[Tensor, Tensor]:
+    """Both products of the MLP [n, F], made again where they were not kept: into the places of
+    their gradients, which take over element by element; DoRA reads both."""
+    if saved.up is not None:
+        return saved.gate, saved.up
+    ffn = layer.down.K
+    room = d_gate_up[:, : 2 * ffn]
+    if layer.gate_up.is_dora:
+        room = d_gate_up.new_empty(len(d_gate_up), 2 * ffn)
+    if saved.gate is not None:
+        layer.gate_up.forward(n2.wide, masks, out=room[:, ffn:], member=1)
+        return saved.gate, room[:, ffn:]
+    layer.gate_up.forward(n2.wide, masks, out=room)
+    return room[:, :ffn], room[:, ffn:]

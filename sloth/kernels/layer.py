@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,11 +26,14 @@ from sloth.kernels.fp8 import (
     stamp,
     version_of,
 )
+from sloth.kernels.handover import Handover
 from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
 from sloth.kernels.ops.glu import Activation
+from sloth.kernels.ops.rms_norm import Norm
 from sloth.kernels.rows import compute_dtype
-from sloth.kernels.stacked import LoraStack, Stack, StackShape
+from sloth.kernels.stack_shape import StackShape
+from sloth.kernels.stacked import LoraStack, Stack
 
 # Stack name -> paths of its projections inside a block, in stacking order.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -43,14 +46,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # Whether the adapter of each projection is on, in the order of GROUPS.
 Switches = tuple[bool, ...]
-
-
-class Norm(Protocol):
-    """An RMSNorm module, as a twin reads it."""
-
-    weight: Tensor
-    eps: float
-    offset: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class FusedLayer:
         like: FusedLayer | None = None,
     ) -> None:
         self.wiring = wiring
-        self.stash, self.resident = workspace.stash, resident
+        self.stash, self.handover, self.resident = workspace.stash, workspace.handover, resident
         modules = dict(block.named_modules())
         self.paths = [path for paths in GROUPS.values() for path in paths]
         self.members: list[Any] = [modules[path] for path in self.paths]
@@ -226,7 +221,7 @@ class Workspace:
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
         # By first member of a stack; an adapter that is switched leaves them as they are.
         self._fp8: WeakKeyDictionary[nn.Module, tuple[Any, FP8Weight]] = WeakKeyDictionary()
-        self.stash = HostStash()
+        self.stash, self.handover = HostStash(), Handover()
         # Of each block, by which of its adapters are switched on.
         self._layers: WeakKeyDictionary[nn.Module, dict[Switches, FusedLayer]]
         self._layers = WeakKeyDictionary()

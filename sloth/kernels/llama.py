@@ -11,13 +11,14 @@ frozen embeddings) it stops. What happens inside the two halves is in `halves.py
 A frozen W needs no saved input, and a LoRA A needs one that is a cheap function of what is kept. So
 a layer keeps at most
 
-    x, q and k after RoPE, v, o and its log-sum-exp, h, g, u; per stack its rank-wide X A^T, and one
-    byte per input element of a LoRA with dropout
+    x, q and k after RoPE, v, o and its log-sum-exp, h, g, u; per stack its rank-wide X A^T, of each
+    norm what it divides by, and one byte per input element of a LoRA with dropout
 
 in 16 bits 2 (2 D + 2 H E + 2 K E + 2 F) bytes a token, about half of what autograd would keep, and
-nothing of size T x T. It makes n1, n2 and silu(g) * u again, and whatever else `context.keep` does
-not name; only P_down is never computed twice, since nothing needs its output. Norms, RoPE and the
-MLP work row by row, so `keep.tile_tokens` bounds what the MLP holds at a time.
+nothing of size T x T. It makes n1, n2 and silu(g) * u again, inside the kernels that sum with them
+where it can, and whatever else `context.keep` does not name; only P_down is never computed twice,
+since nothing needs its output. Norms, RoPE and the MLP work row by row, so `keep.tile_tokens`
+bounds what the MLP holds at a time.
 
 DoRA's magnitudes do want outputs: q, k and v are then kept as they were before RoPE, P_o(o) in
 place of h, one sum away from it, and the output of P_down beside the rest.
@@ -40,8 +41,9 @@ from torch.autograd.function import once_differentiable
 from sloth.kernels import halves
 from sloth.kernels.context import BlockContext
 from sloth.kernels.layer import FusedLayer, Wiring, Workspace, prepare
+from sloth.kernels.normed import Normed, normed_input
 from sloth.kernels.ops.add_rms_norm import add_rms_norm_fwd
-from sloth.kernels.ops.rms_norm import rms_norm_bwd, rms_norm_fwd
+from sloth.kernels.ops.rms_norm import rms_norm_bwd
 from sloth.kernels.rows import as_rows
 from sloth.kernels.saved import Gradients, Saved
 
@@ -62,7 +64,8 @@ class LlamaBlockFunction(torch.autograd.Function):
         norm1, norm2 = layer.norms
 
         # q, k, v = P(norm(x));  o = attention(q, k, v)
-        n1, _ = halves.normed_input(layer.qkv, norm1, x_ND)
+        n1, rstd1 = normed_input(layer.qkv, norm1, x_ND)
+        saved.put_rstd(1, rstd1)
         qkv = halves.project_qkv(layer, n1, x.shape, context, saved)
         del n1
         o, stats = halves.attend(layer, qkv, x.shape, context)
@@ -79,7 +82,10 @@ class LlamaBlockFunction(torch.autograd.Function):
         if keep.tile_tokens is None and not layer.down.is_dora:
             n2 = layer.gate_up.new_input(len(x_ND))
             out = n2[:, : layer.gate_up.K]
-            _, h, _ = add_rms_norm_fwd(delta, x_ND, norm2.weight, norm2.eps, norm2.offset, out=out)
+            _, h, rstd2 = add_rms_norm_fwd(
+                delta, x_ND, norm2.weight, norm2.eps, norm2.offset, out=out
+            )
+            saved.put_rstd(2, rstd2)
             del delta
             y = halves.mlp(layer, n2, keep, saved, slice(0, len(h)), add=h)
         else:
@@ -87,7 +93,8 @@ class LlamaBlockFunction(torch.autograd.Function):
             del delta
             y = torch.empty_like(h)
             for rows in halves.tiles(len(h), keep.tile_tokens):
-                n2, _ = halves.normed_input(layer.gate_up, norm2, h[rows])
+                n2, rstd2 = normed_input(layer.gate_up, norm2, h[rows])
+                saved.put_rstd(2, rstd2, rows)
                 add = None if layer.down.is_dora else h[rows]
                 y[rows] = halves.mlp(layer, n2, keep, saved, rows, add=add)
             if layer.down.is_dora:
@@ -114,7 +121,7 @@ class LlamaBlockFunction(torch.autograd.Function):
         # What was not kept is made again, in the forward's order.
         x, qkv, o, a, h = saved.x, saved.qkv, saved.o, saved.a, saved.h
         if qkv is None:
-            n1, _ = halves.normed_input(layer.qkv, norm1, x)
+            n1, _ = normed_input(layer.qkv, norm1, x)
             qkv = halves.project_qkv(layer, n1, ctx.shape, context, saved)
             del n1
         if o is None:
@@ -127,11 +134,16 @@ class LlamaBlockFunction(torch.autograd.Function):
 
         # y = h + MLP(n2);  n2 = norm(h), and h reaches y directly too
         dh = layer.o.new_output_gradient(len(x))
+        arrived = layer.handover.arrived(dy, layer.down)
         for rows in halves.tiles(len(x), context.keep.tile_tokens):
-            dy_wide = layer.down.new_output_gradient(len(dy_ND[rows]))
-            dy_wide[:, : layer.down.N] = dy_ND[rows]
+            if arrived is None:
+                dy_wide = layer.down.new_output_gradient(len(dy_ND[rows]))
+                dy_wide[:, : layer.down.N] = dy_ND[rows]
+            else:
+                dy_wide = arrived[rows]
             layer.down.spread(dy_wide)
-            n2, rstd2 = halves.normed_input(layer.gate_up, norm2, h[rows])
+            rstd2 = saved.rstds[2][rows]
+            n2 = Normed(layer.gate_up, norm2, h[rows], rstd2)
             dn2 = halves.mlp_backward(layer, dy_wide, n2, saved, rows, grads, into_h)
             del dy_wide, n2
             if dn2 is not None:
@@ -142,7 +154,7 @@ class LlamaBlockFunction(torch.autograd.Function):
                     out=out,
                 )
                 del dn2
-        saved.gate = saved.up = h = None
+        saved.gate = saved.up = h = arrived = None
         if not into_h:
             return None, None, None, *grads.in_order()
 
@@ -158,19 +170,20 @@ class LlamaBlockFunction(torch.autograd.Function):
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
         outputs = layer.qkv.output_parts(qkv)
         del do, qkv, o
-        n1, rstd1 = rms_norm_fwd(x, norm1.weight, norm1.eps, norm1.offset)
-        grads.add("qkv", dqkv, n1, saved, outputs=outputs)
+        rstd1 = saved.rstds[1]
+        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, outputs=outputs)
         del outputs
         dx = None
         if need_dx:
-            del n1
             dn1 = layer.qkv.input_gradient(dqkv, saved.masks_of("qkv"))
             del dqkv
-            residual = dh[:, : layer.o.N]
-            dx, _ = rms_norm_bwd(
-                dn1, x, norm1.weight, rstd1, norm1.offset, False, dresidual=residual
+            wide = layer.down.new_output_gradient(len(x))
+            rms_norm_bwd(
+                *(dn1, x, norm1.weight, rstd1, norm1.offset, False),
+                dresidual=dh[:, : layer.o.N],
+                out=wide[:, : layer.down.N],
             )
-            dx = dx.view(ctx.shape)
+            dx = layer.handover.hand_on(wide, layer.down.N, ctx.shape)
         return dx, None, None, *grads.in_order()
 
 

@@ -12,6 +12,7 @@ a power of two, which turns 92 GiB into 128.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +28,22 @@ _SLACK = 1.25
 class Piece:
     """Bytes of an arena. last_use: the CUDA event after which they may be written, None for now."""
 
-    def __init__(self, memory: Tensor, arena: _Arena, last_use: Any = None) -> None:
+    def __init__(self, memory: Tensor, arena: _Arena, last_use: Any) -> None:
         self.memory, self.arena, self.last_use = memory, arena, last_use
 
 
 class _Arena:
-    """Locked memory, cut into equal pieces; unlocked when it is dropped."""
+    """Locked memory, cut into equal pieces; unlocked when the last of these is gone.
+
+    free: memory and last use of the pieces that nobody has.
+    """
 
     def __init__(self, memory: Tensor, unlock: Callable[[], None]) -> None:
-        self.memory, self.unlock = memory, unlock
+        self.memory = memory
+        # Before the memory is freed: its next owner could not lock it again.
+        weakref.finalize(self, unlock).atexit = False
         self.size, self.count = 0, 0
-        self.free: list[Piece] = []
+        self.free: list[tuple[Tensor, Any]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -48,14 +54,18 @@ class _Arena:
         """Into pieces of `size`; none may be in use."""
         self.settle()
         self.size, self.count = size, len(self.memory) // size
-        pieces = self.memory[: self.count * size].split(size)
-        self.free = [Piece(memory, self) for memory in pieces]
+        self.free = [(piece, None) for piece in self.memory[: self.count * size].split(size)]
+
+    def take(self) -> Piece:
+        """A piece; there must be a free one."""
+        memory, last_use = self.free.pop()
+        return Piece(memory, self, last_use)
 
     def settle(self) -> None:
         """Wait for the copies that still read or write it."""
-        for piece in self.free:
-            if piece.last_use is not None:
-                piece.last_use.synchronize()
+        for _, last_use in self.free:
+            if last_use is not None:
+                last_use.synchronize()
 
 
 # bytes -> (memory of that size, what unlocks it)
@@ -72,7 +82,12 @@ def locked_memory(num_bytes: int) -> tuple[Tensor, Callable[[], None]]:
             f"the system locks no further {num_bytes / 2**30:.2f} GiB of host memory "
             f"({status}); plan with a smaller share of it, or for shorter rows"
         )
-    return memory, lambda: runtime.cudaHostUnregister(address)
+
+    def unlock() -> None:
+        torch.cuda.synchronize()  # copies that nobody waits for any more
+        torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
+
+    return memory, unlock
 
 
 class PinnedPool:
@@ -89,31 +104,32 @@ class PinnedPool:
 
     def take(self, size: int) -> Piece:
         """A piece of at least `size` bytes. Raises MemoryError."""
-        for arena in self._arenas:
-            if arena.free and size <= arena.size <= _SLACK * size:
-                return arena.free.pop()
-        idle = [arena for arena in self._arenas if arena.is_idle]
-        large = [arena for arena in idle if len(arena.memory) >= size]
-        if large:
-            arena = min(large, key=lambda arena: len(arena.memory))
-        else:
-            for arena in idle:
-                self._drop(arena)
+        arena = self._with_free_piece(size) or self._cut_anew(size)
+        if arena is None:
+            self.clear()
             arena = _Arena(*self._allocate(max(_PIECES * size, _MIN_ARENA_BYTES)))
             self._arenas.append(arena)
-        arena.cut(size)
-        return arena.free.pop()
+            arena.cut(size)
+        return arena.take()
 
     def give_back(self, piece: Piece, last_use: Any) -> None:
         """Take a piece back, to be written again after `last_use`."""
-        piece.arena.free.append(Piece(piece.memory, piece.arena, last_use))
+        piece.arena.free.append((piece.memory, last_use))
 
     def clear(self) -> None:
         """Give idle arenas back to the system."""
-        for arena in [arena for arena in self._arenas if arena.is_idle]:
-            self._drop(arena)
+        for arena in self._arenas:
+            if arena.is_idle:
+                arena.settle()
+        self._arenas = [arena for arena in self._arenas if not arena.is_idle]
 
-    def _drop(self, arena: _Arena) -> None:
-        arena.settle()
-        self._arenas.remove(arena)
-        arena.unlock()
+    def _with_free_piece(self, size: int) -> _Arena | None:
+        fits = (a for a in self._arenas if a.free and size <= a.size <= _SLACK * size)
+        return next(fits, None)
+
+    def _cut_anew(self, size: int) -> _Arena | None:
+        large = [a for a in self._arenas if a.is_idle and len(a.memory) >= size]
+        arena = min(large, key=lambda a: len(a.memory), default=None)
+        if arena is not None:
+            arena.cut(size)
+        return arena

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from sloth.kernels.layer import FusedLayer
-from sloth.kernels.stacked import Factors, LoraStack, Masks, Outputs
+from sloth.kernels.normed import Normed
+from sloth.kernels.stacked import Factors, LoraStack, Masks, Outputs, Sums
 
+_NO_SUMS = Sums()
 _KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
 # Of these, what may wait in host memory.
 _AWAY = ("x", "qkv", "o", "h", "a", "m")
@@ -19,8 +21,9 @@ class Saved:
     """Tensors of one call, by name; None for what is not kept.
 
     x, h, a, m [N, D]; qkv [N, (H + 2 K) E]; o [B, H, T, E]; gate, up [N, F]. stats: what
-    attention's backward needs beside q, k, v and o. lows: X A^T [N, R] of each stack. masks: per
-    stack with dropout, which inputs of each member's A survived (bool [N, K]).
+    attention's backward needs beside q, k, v and o. lows: X A^T [N, R] of each stack. rstds: of
+    each norm [N], by its number. masks: per stack with dropout, which inputs of each member's A
+    survived (bool [N, K]).
     """
 
     def __init__(self, layer: FusedLayer, x: Tensor) -> None:
@@ -34,18 +37,26 @@ class Saved:
         self.up: Any = None
         self.stats: tuple[Tensor | None, ...] = ()
         self.lows: dict[str, Tensor] = {}
+        self.rstds: dict[int, Tensor] = {}
         self.masks = layer.draw_dropout_masks(x)
         self._layer = layer
 
     def put_low(self, name: str, low: Tensor, rows: slice) -> None:
         """Take over X A^T of some rows."""
+        self._put(self.lows, name, low, rows)
+
+    def put_rstd(self, norm: int, rstd: Tensor, rows: slice = slice(None)) -> None:
+        """Take over what a norm divides some rows by."""
+        self._put(self.rstds, norm, rstd, rows)
+
+    def _put(self, kept: dict[Any, Tensor], key: Any, part: Tensor, rows: slice) -> None:
         num_rows = len(self.x)
-        if len(low) == num_rows:
-            self.lows[name] = low
+        if len(part) == num_rows:
+            kept[key] = part
             return
-        if name not in self.lows:
-            self.lows[name] = low.new_empty(num_rows, low.shape[1])
-        self.lows[name][rows] = low
+        if key not in kept:
+            kept[key] = part.new_empty(num_rows, *part.shape[1:])
+        kept[key][rows] = part
 
     def masks_of(self, name: str, rows: slice | None = None) -> Masks:
         """Dropout masks of a stack's members, scaled, for some rows; None without dropout."""
@@ -75,16 +86,18 @@ class Saved:
             ctx.stashed, ctx.stashed_names = self._layer.stash.put(tensors), away
             for name in away:
                 setattr(self, name, None)
-        names, stacks = list(self.lows), list(self.masks)
+        names, norms, stacks = list(self.lows), list(self.rstds), list(self.masks)
         masks = [mask for name in stacks for mask in self.masks[name]]
         ctx.save_for_backward(
             *(getattr(self, name) for name in _KEPT),
             *(self.lows[name] for name in names),
+            *(self.rstds[norm] for norm in norms),
             *masks,
             *self.stats,
             *matrices,
         )
-        ctx.names, ctx.masked, ctx.num_stats = names, stacks, len(self.stats)
+        ctx.names, ctx.norms, ctx.masked = names, norms, stacks
+        ctx.num_stats = len(self.stats)
 
     @classmethod
     def restore(cls, ctx: Any, layer: FusedLayer) -> Saved:
@@ -94,6 +107,7 @@ class Saved:
         for name in _KEPT:
             setattr(saved, name, next(tensors))
         saved.lows = {name: next(tensors) for name in ctx.names}
+        saved.rstds = {norm: next(tensors) for norm in ctx.norms}
         saved.masks = {
             name: [next(tensors) for _ in layer.stacks[name].members] for name in ctx.masked
         }
@@ -128,20 +142,22 @@ class Gradients:
         self,
         name: str,
         dy: Tensor,
-        x: Tensor,
+        x: Tensor | Normed | None,
         saved: Saved,
         rows: slice = slice(None),
         outputs: Outputs = None,
+        sums: Sums = _NO_SUMS,
     ) -> None:
         """Add what some rows give: dy [n, N + R] spread, x [n, K or more] the stack's input.
 
-        outputs: Y of its members [n, their N], for a stack with DoRA.
+        outputs: Y of its members [n, their N], for a stack with DoRA. sums: those that are formed
+        already; x may be None where dA is.
         """
         if not self.wants(name):
             return
         stack: LoraStack = self._stacks[name]
         low, masks = saved.lows[name][rows], saved.masks_of(name, rows)
-        new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], outputs)
+        new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], outputs, sums)
         old = self._factors.get(name)
         self._factors[name] = new if old is None else [*map(_added, old, new)]
 

@@ -27,72 +27,19 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; block products by hand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sloth.kernels.normed import Normed
 from sloth.kernels.ops.batch import CopyPart, NF4Part
 from sloth.kernels.ops.dora import adapted_norms, gains_of, magnitude_gradient
 from sloth.kernels.ops.lora_linear import LoraOperands
 from sloth.kernels.ops.nf4 import NF4Weight
+from sloth.kernels.ops.thin_products import copy_low
 from sloth.kernels.rows import sum_over_rows
-
-# Ranks and row strides are padded to it: K + 64 runs at the speed of K, K + 16 does not.
-_ALIGNMENT = 64
-
-
-class Slot(NamedTuple):
-    """Where a member stands: rows of W, and rows of A (columns of B), without the padding."""
-
-    rows: slice
-    ranks: slice
-
-
-@dataclass(frozen=True)
-class StackShape:
-    """Sizes of a stack; stacks of one shape can share a scratch."""
-
-    num_inputs: int
-    outputs: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def num_outputs(self) -> int:
-        """N."""
-        return sum(self.outputs)
-
-    @property
-    def rank(self) -> int:
-        """R, padded."""
-        return padded(sum(self.ranks))
-
-    @property
-    def slots(self) -> list[Slot]:
-        """Each member's place."""
-        slots, row, rank = [], 0, 0
-        for num_outputs, own in zip(self.outputs, self.ranks, strict=True):
-            slots.append(Slot(slice(row, row + num_outputs), slice(rank, rank + own)))
-            row, rank = row + num_outputs, rank + own
-        return slots
-
-    def scratch(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Zeros [N + R, K + R]: what no member writes stays zero."""
-        rows, columns = self.num_outputs + self.rank, self.num_inputs + self.rank
-        return torch.zeros(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
-
-    def factors(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Zeros for A [R, K] and sB [N, R] alone, one behind the other."""
-        return torch.zeros(
-            self.rank * (self.num_inputs + self.num_outputs), dtype=dtype, device=device
-        )
-
-
-def padded(n: int) -> int:
-    """The next multiple of 64."""
-    return -(-n // _ALIGNMENT) * _ALIGNMENT
-
+from sloth.kernels.stack_shape import Slot, StackShape, wide_rows
 
 Masks = list[Tensor | None] | None
 # Of A, B and the magnitudes.
@@ -100,6 +47,22 @@ Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 Wanted = Sequence[tuple[bool, bool, bool]]
 # Y of each member [n, its N], in the order of the stack; None without DoRA.
 Outputs = Sequence[Tensor] | None
+
+
+class Sums(NamedTuple):
+    """Sums over rows that a kernel formed on its way; None for those still to be formed.
+
+    dA: of all members below each other [R or less, K]. dB: of each member [its N, its rank], not
+    scaled yet.
+    """
+
+    dA: Tensor | None = None
+    dB: Sequence[Tensor] | None = None
+
+
+_NO_SUMS = Sums()
+# Gradients lie as their parameters do, or autograd would copy them.
+_ROWS = torch.contiguous_format
 
 
 class LoraStack:
@@ -121,6 +84,7 @@ class LoraStack:
         self.members, self.shape, self.A, self.sB = list(members), shape, A, sB
         self.slots = shape.slots
         self.K, self.N, self.R = shape.num_inputs, shape.num_outputs, shape.rank
+        self.num_ranks = sum(shape.ranks)
         self.bias = _stacked_bias(self.members, shape)
         self.gains = gains
 
@@ -165,6 +129,10 @@ class LoraStack:
         """Room for X [T, K] and what `forward` puts behind it, with rows that are aligned."""
         raise NotImplementedError
 
+    def taken_in(self, x: Tensor, masks: Masks = None) -> tuple[Tensor, Tensor | None]:
+        """x [T, K] where `forward` takes it, and U if that came along."""
+        raise NotImplementedError
+
     def new_output_gradient(self, num_rows: int) -> Tensor:
         """Room for [dY V], [T, N + R]."""
         return wide_rows(num_rows, self.N + self.R, self.A)
@@ -176,11 +144,12 @@ class LoraStack:
         add: Tensor | None = None,
         out: Tensor | None = None,
         member: int | None = None,
+        low: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x from `new_input`, its first K columns filled -> (Y [T, N], U [T, R]).
+        """x from `new_input`, its first K columns filled, or `taken_in` -> (Y [T, N], U [T, R]).
 
         masks: dropout of each member's LoRA input. add [T, N] joins the sum. out: takes Y. member:
-        this member's columns alone, [T, its N].
+        this member's columns alone, [T, its N]. low: U, where it is known.
         """
         raise NotImplementedError
 
@@ -216,34 +185,46 @@ class LoraStack:
     def factor_gradients(
         self,
         dy: Tensor,
-        x: Tensor,
+        x: Tensor | Normed | None,
         low: Tensor,
         masks: Masks,
         wanted: Wanted,
         outputs: Outputs = None,
+        sums: Sums = _NO_SUMS,
     ) -> list[Factors]:
-        """(dA, dB, dm) of each member, where wanted, of a spread dy [T, N + R]; x [T, K or more].
+        """(dA, dB, dm) of each member, where wanted, of a spread dy [T, N + R].
 
-        outputs: of the forward, read for dm.
+        x: the stack's input [T, K or more], None where sums has dA. outputs: of the forward, read
+        for dm.
         """
-        x, v = x[:, : self.K], dy[:, self.N :]
+        v, (dA, dBs) = dy[:, self.N :], sums
         loras = [member.lora_slot for member in self.members]
         any_dA, any_dB, _ = (any(want[i] for want in wanted) for i in (0, 1, 2))
-        dA = dB = None
-        if any_dA and masks is None:
-            dA = sum_over_rows(v, x, _dtype_of([lora.A for lora in loras if lora]))
-        if any_dB:
-            dB = sum_over_rows(dy[:, : self.N], low, _dtype_of([lora.B for lora in loras if lora]))
+        rows = None
+        if any_dA and dA is None:
+            dtype = _dtype_of([lora.A for lora in loras if lora])
+            if masks is None and isinstance(x, Normed):
+                dA = x.sum_with(v, self.num_ranks, dtype)
+            else:
+                assert x is not None
+                rows = (x.wide if isinstance(x, Normed) else x)[:, : self.K]
+                dA = sum_over_rows(v, rows, dtype) if masks is None else None
+        if any_dB and dBs is None:
+            dtype = _dtype_of([lora.B for lora in loras if lora])
+            dB = sum_over_rows(dy[:, : self.N], low, dtype)
+            dBs = [dB[slot.rows, slot.ranks] for slot in self.slots]
         factors: list[Factors] = []
         for index, (lora, slot) in enumerate(zip(loras, self.slots, strict=True)):
             need_dA, need_dB, need_dm = wanted[index]
             own_dA = own_dB = dm = None
             if need_dA and dA is not None:
-                own_dA = dA[slot.ranks]
-            elif need_dA and masks is not None:
-                own_dA = sum_over_rows(v[:, slot.ranks], _dropped(x, masks[index]), lora.A.dtype)
-            if need_dB and dB is not None:
-                own_dB = dB[slot.rows, slot.ranks] * lora.scale
+                own_dA = dA[slot.ranks].to(lora.A.dtype)
+            elif need_dA and masks is not None and rows is not None:
+                dropped = _dropped(rows, masks[index])
+                own_dA = sum_over_rows(v[:, slot.ranks], dropped, lora.A.dtype)
+            if need_dB and dBs is not None:
+                own_dB = torch.empty_like(dBs[index], dtype=lora.B.dtype, memory_format=_ROWS)
+                torch.mul(dBs[index], lora.scale, out=own_dB)
                 if self.gains is not None:
                     own_dB *= self.gains[slot.rows, None]
             if need_dm:
@@ -317,6 +298,15 @@ class Stack(LoraStack):
         """[X U], [T, K + R]."""
         return wide_rows(num_rows, self.K + self.R, self.scratch)
 
+    def taken_in(self, x: Tensor, masks: Masks = None) -> tuple[Tensor, Tensor | None]:
+        """A copy with room behind it; U on the way, unless members drop inputs of their own."""
+        wide = self.new_input(len(x))
+        place = wide[:, : self.K]
+        if self.R and masks is None:
+            return wide, copy_low(x, self.A, self.num_ranks, place)
+        place.copy_(x)
+        return wide, None
+
     def forward(
         self,
         x: Tensor,
@@ -324,6 +314,7 @@ class Stack(LoraStack):
         add: Tensor | None = None,
         out: Tensor | None = None,
         member: int | None = None,
+        low: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One product of [X U] [T, K + R], the sum with `add` rounded once; with masks two."""
         rows = slice(0, self.N) if member is None else self.slots[member].rows
@@ -331,7 +322,7 @@ class Stack(LoraStack):
         if not self.R:
             return _product(x, weight, bias, add, out), x.new_empty(len(x), 0)
         if masks is None:
-            low = self.low_product(x, None)
+            low = self.low_product(x, None) if low is None else low
             x[:, self.K :] = low
             return _product(x, weight, bias, add, out), low
         low = self.low_product(x, masks)
@@ -347,11 +338,6 @@ class Stack(LoraStack):
 
 def _dtype_of(matrices: list[Tensor]) -> torch.dtype:
     return matrices[0].dtype
-
-
-def wide_rows(num_rows: int, num_columns: int, like: Tensor) -> Tensor:
-    """Room for rows whose stride is aligned, in the dtype of `like`."""
-    return like.new_empty(num_rows, padded(num_columns))[:, :num_columns]
 
 
 def _product(

@@ -20,7 +20,8 @@ from sloth.kernels.dispatch import wiring_of
 from sloth.kernels.fp8 import TURNED_COLUMNS
 from sloth.kernels.layer import GROUPS
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
-from sloth.kernels.stacked import padded
+from sloth.kernels.ops.thin_products import MAX_RANK
+from sloth.kernels.stack_shape import padded
 
 GIB = 2**30
 
@@ -224,7 +225,7 @@ class StepMemory:
         s, rows = self.sizes, self.rows
         width = 0 if keep.offload else self.movable_width(keep)
         width += sum(s.ranks) + (keep.gate + keep.up) * s.ffn
-        return rows * (width * s.element + keep.attention * self._lse_bytes())
+        return rows * (width * s.element + keep.attention * self._lse_bytes() + self._rstd_bytes)
 
     def movable_width(self, keep: Keep) -> int:
         """Elements a token of what may wait in host memory."""
@@ -246,6 +247,11 @@ class StepMemory:
     def _input_tails(self) -> tuple[int, ...]:
         """Columns behind the inputs of the stacks, for LoRA's part of one wide product."""
         return tuple(0 if self.sizes.fp8 else rank for rank in self.sizes.ranks)
+
+    @property
+    def _rstd_bytes(self) -> int:
+        """What each norm divides a token by, fp32."""
+        return 4 * (4 if self.sizes.post_norms else 2)
 
     def _lse_bytes(self) -> int:
         return 4 * self.sizes.heads
@@ -286,7 +292,11 @@ class StepMemory:
         if s.post_norms:
             into_h += rows * 2 * s.hidden  # h, which is always made again, and its gradient apart
         to_h = rows * (remade + padded(s.queries + o_in) + s.hidden)
-        mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g) + padded(s.hidden + g_in)
+        mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g)
+        # The MLP's input is made again where gate or up is, or where its sum with V is not formed
+        # on the way (`ops/thin_products.py`).
+        if not keep.up or g > MAX_RANK or s.dora[2] or s.element > 2:
+            mlp_tile += padded(s.hidden + g_in)
         # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
         apart = s.dora[2] * (not keep.up) * 2 * s.ffn
         remade_h += s.dora[1] * s.hidden

@@ -216,7 +216,7 @@ def test_twin_keeps_documents_apart() -> None:
 
 
 BACKWARD = (
-    (halves, "glu_bwd"),
+    (halves, "glu_lora_bwd"),
     (twin, "rms_norm_bwd"),
     (halves, "attention_bwd"),
     (halves, "rope_bwd"),
@@ -306,7 +306,7 @@ def test_twin_saves_what_its_policy_says(base: type[Projection], policy: str) ->
     width = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["head_dim"]
     model, ffn = width[0], width[1]
     queries, keys = (SMALL[f"num_{kind}_heads"] * width[2] for kind in ("attention", "key_value"))
-    a_token = model + 2 * 64  # x, and X A^T of two stacks
+    a_token = model + 2 * 64 + 2  # x, X A^T of two stacks, rstd of two norms
     a_token += queries * keep.attention + model * keep.hidden
     a_token += (queries + 2 * keys) * keep.qkv + ffn * (keep.gate + keep.up)
     assert sum(sizes.values()) == BATCH * num_tokens * a_token

@@ -85,7 +85,7 @@ def _glu_bwd_torch(
 
 
 @jit
-def _gate_and_slope_tile(g, GELU: tl.constexpr):
+def gate_and_slope_tile(g, GELU: tl.constexpr):
     """p and act'(g) of an fp32 tile."""
     if GELU:
         square = g * g
@@ -120,7 +120,7 @@ def _glu_fwd_kernel(
     mask = cols < num_cols
     g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    p, _ = _gate_and_slope_tile(g, GELU)
+    p, _ = gate_and_slope_tile(g, GELU)
     tl.store(y_ptr + row * y_stride + cols, (g * p * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -149,7 +149,7 @@ def _glu_bwd_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    p, slope = _gate_and_slope_tile(g, GELU)
+    p, slope = gate_and_slope_tile(g, GELU)
     dgate = (dy * up * slope).to(dgate_ptr.dtype.element_ty)
     dup = (dy * g * p).to(dup_ptr.dtype.element_ty)
     tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=mask)

@@ -17,14 +17,14 @@ Sennrich 2019; Su et al. 2021.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
-from sloth.kernels.ops.rms_norm import rms_norm_reference
+from sloth.kernels.ops.rms_norm import Norm, rms_norm_reference
 from sloth.kernels.ops.rope import rope_bwd, rope_fwd, rope_reference
 from sloth.kernels.rows import compute_dtype, next_power_of_2, warps_for
 
@@ -34,15 +34,8 @@ _TILE = 512
 Pair = tuple[Tensor, Tensor]
 
 
-class HeadNorm(Protocol):
-    """A norm over the head dim: y = x / rms(x) * (weight + offset)."""
-
-    weight: Tensor
-    eps: float
-    offset: float
-
-
-Norms = tuple[HeadNorm, HeadNorm]
+# Over the head dim, of q and of k.
+Norms = tuple[Norm, Norm]
 
 
 def qk_norm_rope_reference(q: Tensor, k: Tensor, norms: Norms, cos: Tensor, sin: Tensor) -> Pair:
@@ -54,7 +47,7 @@ def qk_norm_rope_reference(q: Tensor, k: Tensor, norms: Norms, cos: Tensor, sin:
     return rope_reference(q, k, cos, sin)
 
 
-def _normed(x: Tensor, norm: HeadNorm) -> tuple[Tensor, Tensor, Tensor]:
+def _normed(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """n, r and w' in the compute dtype."""
     wide = x.to(compute_dtype(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)

@@ -20,7 +20,7 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", section
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ from sloth.kernels.rows import as_rows, compute_dtype, next_power_of_2, warps_fo
 # Programs (and partial rows) of a backward that needs dweight. A constant rather than the GPU's
 # multiprocessor count, so that the order of summation is the same on every GPU.
 _DWEIGHT_PROGRAMS = 256
+
+
+class Norm(Protocol):
+    """An RMSNorm module, as ops and twins read it."""
+
+    weight: Tensor
+    eps: float
+    offset: float
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -57,14 +57,15 @@ class Planner:
         self.network.release()
 
     def keeps(self, batch: int, seq: int) -> Sequence[Keep]:
-        """What each layer keeps for a batch of this shape; nothing where no backward follows."""
+        """What each layer keeps for a batch of this shape; nothing where no backward follows. The
+        network's head takes its chunks from the same plan."""
         bucket = batch, -(-seq // _BUCKET_TOKENS) * _BUCKET_TOKENS
         if not torch.is_grad_enabled():
             return self._forward_only(bucket)
-        for shape in ((batch, seq), bucket):
-            if shape in self._plans:
-                return self._plans[shape].keeps
-        return self.plan(*bucket).keeps
+        known = (self._plans.get(shape) for shape in ((batch, seq), bucket))
+        plan = next(filter(None, known), None) or self.plan(*bucket)
+        self.network.head_chunk_bytes = plan.head_chunk_bytes
+        return plan.keeps
 
     def plan(self, batch: int, seq: int) -> Plan:
         """Plan for a shape within the stated budget, else within the memory that is free now.

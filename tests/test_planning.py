@@ -94,6 +94,17 @@ def test_measures_come_in_the_order_of_their_cost() -> None:
     assert not make_plan(tied, 4, 2048, 7.1).embedding_on_host
 
 
+def test_the_head_takes_what_a_layer_has_room_for() -> None:
+    for shape, budget in (((4, 2048), 77.0), ((4, 2048), 8.05), ((1, 32768), 14.2)):
+        plan = make_plan(SIZES_8B, *shape, budget)
+        memory = StepMemory(SIZES_8B, *shape)
+        peak = memory.peak(plan.keeps, plan.embedding_on_host)
+        assert plan.head_chunk_bytes is not None and plan.head_chunk_bytes >= 2**28
+        kept, working = memory._head_moment(plan.keeps, plan.head_chunk_bytes)
+        static = sum(memory.static_parts(plan.keeps, plan.embedding_on_host).values())
+        assert static + kept + working <= peak
+
+
 def plan_everything(model: sloth.Model, keep: Keep) -> None:
     model.network.planner = lambda batch, seq: [keep] * len(model.network.specs)
 

@@ -65,6 +65,7 @@ def main() -> None:
     chosen = model.plan(batch=args.batch, seq=args.length, memory_gib=args.memory_gib)
     print(chosen)
     model.network.planner = lambda batch, seq: chosen.keeps  # also on the host's few tokens
+    model.network.head_chunk_bytes = chosen.head_chunk_bytes
     trained = [p for p in model.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     tokens = torch.randint(1000, (args.batch, args.length), device=model.device)

@@ -36,6 +36,7 @@ def main() -> None:
         chosen = plan(batch=args.batch, seq=args.length, memory_gib=args.memory_gib)
         # The host is timed on fewer tokens, and launches what it launches here.
         model.network.planner = lambda batch, seq: chosen.keeps
+        model.network.head_chunk_bytes = getattr(chosen, "head_chunk_bytes", None)
         headlines = str(chosen).split("\n  ")[0]  # what follows, indented, are the peak's parts
         setting += ", " + " ".join(headlines.split())
     load_s = clock.seconds()

@@ -65,13 +65,15 @@ class Decoder(OpModule):
 
     model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
     c tanh(logits / c); None for plain ones. base_compute: what the fused level's products with
-    frozen matrices run on, read by `set_level`.
+    frozen matrices run on, read by `set_level`. head_chunk_bytes: of logits that `loss` holds at a
+    time, None for the op's own measure.
     """
 
     model_type: str
     lm_head: Projection | None
     final_softcap: float | None = None
     base_compute: BaseCompute = None
+    head_chunk_bytes: int | None = None
 
     def __init__(
         self, config: Any, model: Stack, lm_head: Projection | None, specs: list[LayerSpec]
@@ -200,7 +202,8 @@ class Decoder(OpModule):
         rows = TrainedRows(targets)
         hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
         return self.ops.linear_cross_entropy(
-            hidden.flatten(0, 1), weight, targets, num_trained, self.final_softcap, rows
+            *(hidden.flatten(0, 1), weight, targets, num_trained, self.final_softcap, rows),
+            self.head_chunk_bytes,
         )
 
     def logprobs(

@@ -10,6 +10,7 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     embedding     on the device or, where it is not the head too, in host memory
     recording     whether the layers are replayed as CUDA graphs, where the host would be late
     NF4 layers    how many stay unpacked, with memory that is left over
+    the head      how many logits at a time, as long as a layer's peak is above its
 
 The steps up from P1 are taken in order of time saved per byte. The prediction counts what the
 allocator hands out (`torch.cuda.max_memory_allocated`), with AdamW's two fp32 moments; the context
@@ -53,7 +54,7 @@ class Plan:
     keeps: one a layer, first to last; none outside the fused level, where autograd keeps what it
     wants. predicted_gib: peak the allocator hands out in a step.
     budget_gib: what the process may reserve, None where nothing was measured or stated (a CPU).
-    parts: name -> GiB of the predicted peak.
+    parts: name -> GiB of the predicted peak. head_chunk_bytes: of logits held at a time.
     """
 
     batch: int
@@ -63,6 +64,7 @@ class Plan:
     predicted_gib: float
     budget_gib: float | None
     parts: dict[str, float]
+    head_chunk_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -101,6 +103,7 @@ class Plan:
             f"embedding     {'in host memory' if self.embedding_on_host else 'on the device'}",
             f"unpacked      {sum(keep.resident for keep in self.keeps)} layers stay so",
             f"launches      {'recorded, then replayed' if first.recorded else 'by the host'}",
+            f"head          {(self.head_chunk_bytes or 0) >> 20} MiB of logits at a time",
         ]
 
 
@@ -188,6 +191,7 @@ def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
         memory.peak(keeps, on_host) / GIB,
         budget,
         {name: value / GIB for name, value in parts.items()},
+        memory.head_chunk(keeps),
     )
 
 

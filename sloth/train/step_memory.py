@@ -27,6 +27,8 @@ GIB = 2**30
 
 # What the vendor's products set aside: a workspace in the forward's thread and in the backward's.
 WORKSPACES = 2 * 32 * 2**20
+# Sizes of a chunk of logits that a head may work with, where they cost no memory.
+_HEAD_CHUNKS = (2**30, 2**29, 2**28)
 # Offloaded layers that may still be on their way out.
 _LEAVING = 2
 
@@ -321,10 +323,10 @@ class StepMemory:
         offloaded = 2 * rows * self.movable_width(keep) if keep.offload else 0
         return held + (arriving + offloaded) * s.element + rows * self._lse_bytes()
 
-    def head_bytes(self) -> int:
+    def head_bytes(self, chunk_bytes: int = CHUNK_BYTES) -> int:
         """Final norm, gathered rows, their gradient, a chunk of logits, the head's gradient."""
         s = self.sizes
-        chunk = max(CHUNK_BYTES, s.vocab * s.element)
+        chunk = max(chunk_bytes, s.vocab * s.element)
         logits = min(chunk, self.rows * s.vocab * s.element)
         return 4 * self.rows * s.hidden * s.element + logits + s.head_gradient
 
@@ -342,6 +344,13 @@ class StepMemory:
             return math.inf
         return sum(self.parts(keeps, embedding_on_host).values())
 
+    def head_chunk(self, keeps: Sequence[Keep]) -> int:
+        """Bytes of logits the head may hold while the peak stays that of a layer."""
+        if keeps[0].recorded:
+            return CHUNK_BYTES
+        room = sum(self._worst_moment(keeps)) - sum(self._head_moment(keeps, 0))
+        return next((chunk for chunk in _HEAD_CHUNKS if chunk <= room), CHUNK_BYTES)
+
     def host_share(self, keeps: Sequence[Keep]) -> int:
         """Bytes that wait in host memory."""
         width = sum(self.movable_width(keep) for keep in keeps if keep.offload)
@@ -351,9 +360,7 @@ class StepMemory:
         """(kept, working) bytes where their sum is largest."""
         s = self.sizes
         per_keep = {keep: self._numbers(keep) for keep in set(keeps)}
-        x = self.rows * s.hidden * s.element
-        away = [self.movable_width(keep) for keep in keeps if keep.offload]
-        leaving = _LEAVING * self.rows * max(away, default=0) * s.element
+        x, leaving = self.rows * s.hidden * s.element, self._leaving(keeps)
         kept, worst = 0, (0, 0)
         for keep in keeps:
             own, forward, backward = per_keep[keep]
@@ -362,7 +369,16 @@ class StepMemory:
             kept += own
         if keeps[0].recorded:
             return worst[0], worst[1] + self._beside_recording()
-        return max(worst, (kept, self.head_bytes() + leaving), key=sum)
+        return max(worst, self._head_moment(keeps, CHUNK_BYTES), key=sum)
+
+    def _head_moment(self, keeps: Sequence[Keep], chunk_bytes: int) -> tuple[int, int]:
+        kept = sum(self.kept_bytes(keep) for keep in keeps)
+        return kept, self.head_bytes(chunk_bytes) + self._leaving(keeps)
+
+    def _leaving(self, keeps: Sequence[Keep]) -> int:
+        """What may still be on its way to the host."""
+        away = [self.movable_width(keep) for keep in keeps if keep.offload]
+        return _LEAVING * self.rows * max(away, default=0) * self.sizes.element
 
     def _beside_recording(self) -> int:
         """A recording keeps its memory: the head works beside it, gradients leave as copies, input

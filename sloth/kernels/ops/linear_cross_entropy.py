@@ -34,8 +34,8 @@ from sloth.kernels.rows import compute_dtype, sum_over_rows
 
 IGNORED = -100
 
-# Logits held at a time. Forward and backward of 8192 rows at V = 128256, D = 4096 in bf16 take 28.9
-# ms with 128 MiB, 27.2 with 256 and 26.7 with 1 GiB (H200).
+# Logits held at a time, unless the caller has room for more. Forward and backward of 8192 rows at
+# V = 128256, D = 4096 in bf16 take 28.9 ms with 128 MiB, 27.2 with 256 and 26.7 with 1 GiB (H200).
 CHUNK_BYTES = 128 * 2**20
 # Rows of the gradient scaled at a time.
 _SCALED_ROWS = 2048
@@ -50,6 +50,7 @@ def linear_cross_entropy_reference(
     num_trained: int | Tensor | None = None,
     softcap: float | None = None,
     trained_rows: TrainedRows | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Eager: all logits, softcap in their dtype, fp32 cross-entropy, as Hugging Face does."""
     logits = F.linear(hidden, weight)
@@ -213,9 +214,9 @@ class TrainedRows:
         return self._order[: int(self._count)]
 
 
-def row_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+def row_chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int | None = None) -> list[slice]:
     """Rows of hidden [M, D] whose logits exist at one time."""
-    size = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+    size = max(1, (chunk_bytes or CHUNK_BYTES) // (len(weight) * hidden.element_size()))
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
@@ -244,6 +245,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         num_trained: int | Tensor | None,
         softcap: float | None,
         trained_rows: TrainedRows | None,
+        chunk_bytes: int | None,
     ) -> Tensor:
         wide = compute_dtype(hidden.dtype)
         needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
@@ -253,7 +255,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dtrained = torch.empty_like(trained) if needs_dhidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if needs_dweight else None
-        for part in row_chunks(trained, weight):
+        for part in row_chunks(trained, weight, chunk_bytes):
             logits = trained[part] @ weight_here.T
             losses = cross_entropy_in_place(
                 logits, targets[part], softcap, needs_dhidden or needs_dweight
@@ -281,7 +283,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             dhidden = scaled_rows(dtrained, factor.expand(len(rows)), rows, ctx.shape)
         if dweight is not None:
             dweight = (dweight * factor).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -291,14 +293,15 @@ def linear_cross_entropy(
     num_trained: int | Tensor | None = None,
     softcap: float | None = None,
     trained_rows: TrainedRows | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Summed cross-entropy of softcap(hidden weight^T) over trained rows, over their number.
 
     hidden [N, D], weight [V, D] of one dtype, labels [N] int64 with -100 for untrained rows ->
     fp32 scalar (fp64 for fp64). num_trained: divisor in place of the count. softcap: c in
-    c tanh(z / c). trained_rows: those of `labels`, if they were made earlier. Differentiable in
-    hidden and weight.
+    c tanh(z / c). trained_rows: those of `labels`, if they were made earlier. chunk_bytes: of
+    logits held at a time. Differentiable in hidden and weight.
     """
     return LinearCrossEntropyFunction.apply(
-        hidden, weight, labels, num_trained, softcap, trained_rows
+        hidden, weight, labels, num_trained, softcap, trained_rows, chunk_bytes
     )

@@ -138,17 +138,17 @@ def train_rows(
     args: argparse.Namespace, processes: Processes, product_tflops: float
 ) -> Iterator[Row]:
     """A row of every contender in every case, round by round."""
-    for model, dtype, (batch, length, packed) in itertools.product(
-        args.models, args.dtypes, args.shapes
+    for model, dtype, rank, (batch, length, packed) in itertools.product(
+        args.models, args.dtypes, args.ranks, args.shapes
     ):
-        case = Case(model, dtype, args.rank, batch, length, packed)
+        case = Case(model, dtype, rank, batch, length, packed)
         folder = checkpoint(processes, args.checkpoints, model, dtype, args.in_memory)
         for round_number in range(args.rounds):
             order = args.contenders if round_number % 2 == 0 else args.contenders[::-1]
             for who in order:
                 module, *options = program(who)
                 options += ["--batch", str(batch), "--length", str(length), "--dtype", dtype]
-                options += ["--rank", str(args.rank), "--steps", str(args.steps)]
+                options += ["--rank", str(rank), "--steps", str(args.steps)]
                 options += ["--packed"] * packed
                 results, why = processes.run([module, str(folder), *options], who in PEERS)
                 row: Row = {"who": who, **case.key()}
@@ -262,7 +262,7 @@ def options() -> argparse.ArgumentParser:
     add("--peers", default="all", help="all, none, or by commas: " + ", ".join(PEERS))
     add("--checkpoints", type=Path, help="folder of random checkpoints, filled on first use")
     add("--out", type=Path, required=True, help="folder for <gpu>.json and <gpu>.md")
-    add("--rank", type=int, default=16)
+    add("--ranks", default="16", help="of the adapter, by commas")
     add("--steps", type=int, default=20, help="0: the first step alone, compilation included")
     add("--in-memory", action="store_true", help="random weights made by sloth, none on the disk")
     add("--rounds", type=int, default=1)
@@ -284,10 +284,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     peers = {"all": list(PEERS), "none": []}.get(args.peers, args.peers.split(","))
     args.contenders = [*args.sloth.split(","), *peers]
     try:
+        args.ranks = [int(text) for text in args.ranks.split(",")]
         args.shapes = [parse_shape(text) for text in args.shapes.split(",")]
         for who in args.contenders:
             program(who)
-    except argparse.ArgumentTypeError as error:
+    except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     unknown = (set(args.dtypes) - {"nf4", "bf16"}) | (set(args.ops) - set(OPS))
     if unknown:

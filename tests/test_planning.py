@@ -16,6 +16,7 @@ from sloth.errors import BudgetTooSmall, KernelUnavailable
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import FusedLayer
+from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.models.llama import LlamaConfig, LlamaDecoder
 from sloth.planning import Planner
 from sloth.quant.linear4bit import Linear4bit
@@ -94,12 +95,20 @@ def test_measures_come_in_the_order_of_their_cost() -> None:
     assert not make_plan(tied, 4, 2048, 7.1).embedding_on_host
 
 
+def test_large_tiles_leave_room_for_holes_between_tensors() -> None:
+    plan = make_plan(SIZES_8B, 1, 32768, 14.2)
+    largest = 16384 * (2 * 14336 + 64) * 2 / 2**30
+    assert plan.keeps[0].tile_tokens == 16384
+    assert plan.predicted_gib <= 14.2 - 1.75 * largest
+
+
 def test_the_head_takes_what_a_layer_has_room_for() -> None:
     for shape, budget in (((4, 2048), 77.0), ((4, 2048), 8.05), ((1, 32768), 14.2)):
         plan = make_plan(SIZES_8B, *shape, budget)
         memory = StepMemory(SIZES_8B, *shape)
         peak = memory.peak(plan.keeps, plan.embedding_on_host)
-        assert plan.head_chunk_bytes is not None and plan.head_chunk_bytes >= 2**28
+        assert plan.head_chunk_bytes is not None
+        assert plan.head_chunk_bytes >= (2**29 if budget > 70 else CHUNK_BYTES)
         kept, working = memory._head_moment(plan.keeps, plan.head_chunk_bytes)
         static = sum(memory.static_parts(plan.keeps, plan.embedding_on_host).values())
         assert static + kept + working <= peak

@@ -21,13 +21,15 @@ Source: Chen et al. 2016 (recomputation), https://arxiv.org/abs/1604.06174; Kort
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from sloth.kernels.context import POLICIES, Keep
-from sloth.train.step_memory import GIB, NetworkSizes, StepMemory
+from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
+from sloth.train.step_memory import FRAGMENTATION, GIB, NetworkSizes, StepMemory
 
 # Rates that weigh one kind of work against another (H100: TFLOP/s of products and of attention).
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
@@ -41,9 +43,7 @@ _RECORDING_SLACK = 0.1
 _HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, from fast to small; all at once up to the first.
 _TILES = (16384, 8192, 4096, 2048)
-# Of a budget, for what the allocator reserves beyond what it hands out: 2 to 4.5% measured (8B, 8
-# to 36 GiB, H200). Of free memory, for what else the process may allocate.
-FRAGMENTATION = 0.045
+# Of free memory, for what else the process may allocate.
 _MARGIN = 0.02
 
 
@@ -130,10 +130,10 @@ def make_plan(
     for on_host in (False,) if sizes.embedding_stays else (False, True):
         for offload in (False, True):
             keeps = _barest_that_fits(memory, budget, offload, on_host)
-            peak = memory.peak(keeps, on_host)
-            if smallest is None or peak < smallest[0]:
-                smallest = peak, keeps, on_host
-            if peak > budget:
+            claimed = memory.claimed(keeps, on_host)
+            if smallest is None or claimed < smallest[0]:
+                smallest = claimed, keeps, on_host
+            if claimed > budget:
                 continue
             keeps = _upgraded(memory, keeps, on_host, budget)
             seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
@@ -182,16 +182,21 @@ def device_budget_gib(device: torch.device, own_bytes: int = 0) -> float | None:
 
 
 def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float | None) -> Plan:
-    parts = memory.parts(keeps, on_host)
+    parts, peak = memory.parts(keeps, on_host), memory.peak(keeps, on_host)
+    # Memory for it may not lie in one piece unless there is some to spare.
+    spare = math.inf
+    if budget is not None:
+        spare = budget * GIB * (1 - FRAGMENTATION) - memory.claimed(keeps, on_host)
+    chunk = min(memory.head_chunk(keeps), max(spare, CHUNK_BYTES))
     return Plan(
         memory.batch,
         memory.seq,
         tuple(keeps),
         on_host,
-        memory.peak(keeps, on_host) / GIB,
+        peak / GIB,
         budget,
         {name: value / GIB for name, value in parts.items()},
-        memory.head_chunk(keeps),
+        int(chunk),
     )
 
 
@@ -204,7 +209,7 @@ def _barest_that_fits(
     for tile in whole + tuple(tile for tile in _TILES if tile < memory.rows):
         bare = replace(POLICIES["P1"], tile_tokens=tile, offload=offload)
         keeps = [bare] * memory.sizes.num_layers
-        if memory.peak(keeps, on_host) <= budget:
+        if memory.claimed(keeps, on_host) <= budget:
             break
     return keeps
 
@@ -243,7 +248,7 @@ def _most(
     while low < high:
         count = (low + high + 1) // 2
         trial = _raised(keeps[:num_layers], target, count) + keeps[num_layers:]
-        if memory.peak(trial, on_host) <= budget:
+        if memory.claimed(trial, on_host) <= budget:
             low = count
         else:
             high = count - 1
@@ -294,7 +299,7 @@ def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
     if keeps[0].offload or any(memory.sizes.dora):
         return keeps
     trial = [replace(keep, recorded=True) for keep in keeps]
-    fits = memory.peak(trial, on_host) * (1 + _RECORDING_SLACK) <= budget
+    fits = memory.claimed(trial, on_host) * (1 + _RECORDING_SLACK) <= budget
     return trial if fits else keeps
 
 
@@ -305,7 +310,7 @@ def _with_residents(
     best = keeps
     for count in range(1, len(keeps) + 1):
         trial = [replace(keep, resident=i < count) for i, keep in enumerate(keeps)]
-        if memory.peak(trial, on_host) > budget:
+        if memory.claimed(trial, on_host) > budget:
             break
         best = trial
     return best

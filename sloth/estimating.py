@@ -30,7 +30,7 @@ from sloth.quant.linear4bit import Linear4bit
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.full_memory import full_plan, require_room, state_bytes_of
 from sloth.train.memory import Plan, device_budget_gib, make_plan
-from sloth.train.step_memory import NetworkSizes
+from sloth.train.network_sizes import NetworkSizes
 
 
 def estimate(

@@ -19,7 +19,7 @@ from sloth.machine import free_host_gib, processes_here
 from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
 from sloth.train.memory import Plan, device_budget_gib, make_plan
-from sloth.train.step_memory import GIB, NetworkSizes
+from sloth.train.network_sizes import GIB, NetworkSizes
 
 if TYPE_CHECKING:
     from sloth.model import Model

@@ -17,7 +17,7 @@ from sloth.estimating import estimate
 from sloth.infer.generate import generate_tokens
 from sloth.kernels.fp8 import FP8Weight
 from sloth.train.memory import make_plan
-from sloth.train.step_memory import NetworkSizes
+from sloth.train.network_sizes import NetworkSizes
 from tests import tolerance
 from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
 from tests.test_lora import randomised

@@ -21,7 +21,8 @@ from sloth.models.llama import LlamaConfig, LlamaDecoder
 from sloth.planning import Planner
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train.memory import FRAGMENTATION, extra_seconds, free_budget_gib, make_plan
-from sloth.train.step_memory import NetworkSizes, StepMemory
+from sloth.train.network_sizes import NetworkSizes
+from sloth.train.step_memory import StepMemory
 from tests import tolerance
 from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
 from tests.test_lora import randomised

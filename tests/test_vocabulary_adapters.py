@@ -12,8 +12,8 @@ import sloth
 from sloth import errors
 from sloth.lora import adapter_disabled
 from sloth.train.config import TrainConfig
+from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import kind_of, parameter_groups
-from sloth.train.step_memory import NetworkSizes
 from tests.oracles import hf_logits, peft_model, save_tiny
 from tests.test_lora import TOKENS, logits, randomised
 from tests.tolerance import FP32_ADAPTER, FP32_CHAIN

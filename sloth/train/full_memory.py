@@ -26,8 +26,9 @@ from sloth.machine import free_host_gib
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.masters import SIXTEEN_BITS
 from sloth.train.memory import FRAGMENTATION, Plan, device_budget_gib
+from sloth.train.network_sizes import GIB, NetworkSizes
 from sloth.train.optim import moment_bytes, trainable
-from sloth.train.step_memory import GIB, WORKSPACES, NetworkSizes, StepMemory
+from sloth.train.step_memory import WORKSPACES, StepMemory
 
 
 def state_bytes_of(network: nn.Module, optimizer: Optimizer = "adamw") -> dict[str, int]:

@@ -21,6 +21,7 @@ Source: Chen et al. 2016 (recomputation), https://arxiv.org/abs/1604.06174; Kort
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ import torch
 
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
-from sloth.train.step_memory import FRAGMENTATION, GIB, NetworkSizes, StepMemory
+from sloth.train.network_sizes import GIB, NetworkSizes
+from sloth.train.step_memory import FRAGMENTATION, StepMemory
 
 # Rates that weigh one kind of work against another (H100: TFLOP/s of products and of attention).
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
@@ -41,8 +43,9 @@ _HOST_SECONDS = 4e-3
 _RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.
 _HOST_EMBEDDING_SECONDS = 0.5e-6
-# Rows the MLP works on at a time, from fast to small; all at once up to the first.
-_TILES = (16384, 8192, 4096, 2048)
+# Rows the MLP works on at a time, and how much longer its products take so; all at once up to the
+# first.
+_TILES = {16384: 0.0, 8192: 0.0, 4096: 0.02, 2048: 0.05}
 # Of free memory, for what else the process may allocate.
 _MARGIN = 0.02
 
@@ -128,8 +131,9 @@ def make_plan(
     best: tuple[float, list[Keep], bool] | None = None
     smallest: tuple[float, list[Keep], bool] | None = None
     for on_host in (False,) if sizes.embedding_stays else (False, True):
-        for offload in (False, True):
-            keeps = _barest_that_fits(memory, budget, offload, on_host)
+        for offload, tile in itertools.product((False, True), _tiles(memory)):
+            bare = replace(POLICIES["P1"], tile_tokens=tile, offload=offload)
+            keeps = [bare] * sizes.num_layers
             claimed = memory.claimed(keeps, on_host)
             if smallest is None or claimed < smallest[0]:
                 smallest = claimed, keeps, on_host
@@ -200,18 +204,10 @@ def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
     )
 
 
-def _barest_that_fits(
-    memory: StepMemory, budget: float, offload: bool, on_host: bool
-) -> list[Keep]:
-    """P1 everywhere, the MLP in tiles as large as may be."""
-    whole: tuple[int | None, ...] = (None,) if memory.rows <= _TILES[0] else ()
-    keeps: list[Keep] = []
-    for tile in whole + tuple(tile for tile in _TILES if tile < memory.rows):
-        bare = replace(POLICIES["P1"], tile_tokens=tile, offload=offload)
-        keeps = [bare] * memory.sizes.num_layers
-        if memory.claimed(keeps, on_host) <= budget:
-            break
-    return keeps
+def _tiles(memory: StepMemory) -> list[int | None]:
+    """Rows the MLP may work on at a time, None for all at once."""
+    whole: list[int | None] = [None] if memory.rows <= max(_TILES) else []
+    return whole + [tile for tile in _TILES if tile < memory.rows]
 
 
 def _upgraded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
@@ -283,6 +279,8 @@ def extra_seconds(sizes: NetworkSizes, seq: int, keep: Keep) -> float:
     products += 2.0 * sizes.hidden * sizes.ffn * ((not keep.gate) + (not keep.up))
     attention = 0.0 if keep.attention else 2.0 * seq * sizes.queries
     copies = 2.0 * StepMemory(sizes, 1, 1).movable_width(keep) * sizes.element * keep.offload
+    mlp = 12.0 * sizes.hidden * sizes.ffn  # three products, forward and backward
+    products += mlp * _TILES.get(keep.tile_tokens or 0, 0.0)
     replay = products / _PRODUCT_RATE + attention / _ATTENTION_RATE
     return replay + _UNHIDDEN * copies / _HOST_RATE
 

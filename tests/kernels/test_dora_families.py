@@ -11,7 +11,8 @@ import sloth
 from sloth.kernels.context import POLICIES
 from sloth.lora import adapters_held, is_lora_name
 from sloth.train.memory import make_plan
-from sloth.train.step_memory import NetworkSizes, StepMemory
+from sloth.train.network_sizes import NetworkSizes
+from sloth.train.step_memory import StepMemory
 from tests import tolerance
 from tests.kernels.common import nan_poisoned_empty
 from tests.kernels.test_twins import LENGTH, run

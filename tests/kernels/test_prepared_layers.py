@@ -177,3 +177,21 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(
             actual[name], value, **tolerance.same_maths(torch.float32), msg=name
         )
+
+
+def test_blocks_of_large_ranks_are_multiplied_apart(folder):
+    """Where zeros between the members' blocks would cost more than launches, they are left out."""
+    model = load(folder)
+    small = model.network.workspace
+    model.loss(TOKENS, TOKENS)
+    assert not small.prepared(model.network.model.layers)[0].qkv._apart
+    large = sloth.load(folder, quant="nf4", device="cpu").add_lora(r=72, alpha=72)
+    large = randomised(large)
+    actual = gradients(large)
+    stacks = large.network.workspace.prepared(large.network.model.layers)[0].stacks
+    assert stacks["qkv"]._apart and not stacks["o"]._apart
+    for stack in stacks.values():
+        stack._apart = False
+    expected = gradients(large)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, **tolerance.same_maths(torch.float32))

@@ -172,7 +172,7 @@ def peft_model(base_folder: Path, adapter_folder: Path, dtype: torch.dtype = tor
 def save_peft_adapter(base_folder: Path, folder: Path, seed: int = 1, **settings: Any) -> Any:
     """A random (not zero) PEFT adapter on a base, saved; returns the PEFT model."""
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    config = LoraConfig(task_type="CAUSAL_LM", **{"init_lora_weights": False} | settings)
     model = get_peft_model(hf_model(base_folder), config).eval()
     for name, parameter in model.named_parameters():
         if "magnitude" in name or "tokens_delta" in name:  # which start as the base has them

@@ -103,6 +103,11 @@ PEFT_SETTINGS = {
     "all_linear": dict(target_modules="all-linear", r=4, lora_alpha=8),
     "regex": dict(target_modules=r".*\.self_attn\.[kv]_proj", r=4, lora_alpha=8),
     "layers": dict(target_modules=["q_proj"], layers_to_transform=[0, 2], r=4, lora_alpha=8),
+    "layers_pattern": dict(
+        target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern=["h", "layers"], r=4
+    ),
+    "gaussian": dict(target_modules=["q_proj"], r=4, init_lora_weights="gaussian"),
+    "orthogonal": dict(target_modules=["q_proj"], r=4, init_lora_weights="orthogonal"),
     "patterns": dict(
         target_modules=["q_proj", "k_proj"],
         r=4,
@@ -132,6 +137,25 @@ def test_adapter_written_by_peft_gives_the_same_logits_here(folder, tmp_path, na
     with torch.no_grad():
         assert_close(logits(model), theirs(TOKENS).logits, **FP32_ADAPTER)
     assert any(p.requires_grad for p in model.network.parameters())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_start_rewrote_the_base_loads_once_converted(folder, tmp_path, start):
+    settings = dict(target_modules=["q_proj"], r=4, init_lora_weights=start)
+    theirs = save_peft_adapter(folder, tmp_path / "before", **settings)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "trained")
+    with pytest.raises(errors.AdapterMismatch, match=f"{start}.*path_initial_model"):
+        sloth.load(folder, adapter=tmp_path / "trained", device="cpu")
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+    theirs.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "before")
+    )
+    model = sloth.load(folder, adapter=tmp_path / "plain", device="cpu")
+    assert_close(logits(model), expected, **FP32_CHAIN)
 
 
 @pytest.mark.parametrize("name", ["all_linear", "dora", "dora_head", "rslora", "patterns"])

@@ -45,6 +45,12 @@ _MUST_BE_OFF = (
     "arrow_config",
 )
 
+# Ways of starting an adapter that take its product out of the base's matrices: the adapter then
+# belongs to a base that no file holds. Some have more words after theirs, as pissa_niter_16.
+_REWRITES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# What PEFT calls the list of blocks in every model that sloth builds.
+_LAYERS = "layers"
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -144,8 +150,21 @@ def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
             raise AdapterMismatch(
                 f"{file} sets {key}={settings[key]!r}, which sloth does not compute"
             )
-    if settings.get("layers_pattern"):
-        raise AdapterMismatch(f"{file} sets layers_pattern, which sloth does not read")
+    start = settings.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
+        raise AdapterMismatch(
+            f"{file} sets init_lora_weights={start!r}, which also rewrote the base's matrices, so "
+            "on the base as it is the adapter computes something else. Save it again in PEFT as "
+            "plain LoRA, with save_pretrained(..., path_initial_model_for_weight_conversion="
+            "<the adapter before training>), or merge it there with merge_and_unload (the one way "
+            "for loftq) and load the merged model"
+        )
+    pattern = settings.get("layers_pattern") or _LAYERS
+    if _LAYERS not in ([pattern] if isinstance(pattern, str) else pattern):
+        raise AdapterMismatch(
+            f"{file} sets layers_pattern={pattern!r}; the blocks of a model that sloth loads are "
+            f"called {_LAYERS!r}"
+        )
     targets = settings.get("target_modules")
     if not targets:
         raise AdapterMismatch(f"{file} names no target_modules")

@@ -68,6 +68,8 @@ def test_files_read_back_to_the_same_adapter(tmp_path):
         dict(peft_type="IA3"),
         dict(fan_in_fan_out=True),
         dict(target_parameters=["experts"]),
+        *(dict(init_lora_weights=start) for start in ("corda", "CorDA", "loftq", "lora_ga")),
+        dict(layers_pattern=["h"]),
         dict(trainable_token_indices={"wte": [1]}),
         dict(target_modules=None),
         dict(modules_to_save=["score"]),

@@ -31,6 +31,7 @@ from sloth.linear import Projection
 from sloth.lora import (
     EMBEDDING,
     adapter_tensors,
+    frozen_along,
     is_lora_name,
     load_adapter_tensors,
     merged_weight,
@@ -64,7 +65,9 @@ def save_adapter(model: Model, folder: Path) -> Path:
     if model.lora_config is None:
         raise AdapterMismatch("the model has no adapter to save; call add_lora or train first")
     config, network = model.lora_config, model.network
-    tensors = adapter_tensors(network, config)
+    carried = frozen_along(network, model.carried)
+    # Copies: a file cannot hold one tensor under several names, and a tied matrix has two.
+    tensors = adapter_tensors(network, config) | {n: t.clone() for n, t in carried.items()}
     with published(folder) as partial:
         save_adapter_files(
             partial,

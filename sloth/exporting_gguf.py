@@ -115,6 +115,8 @@ def _beyond_gguf(model: Model) -> list[str]:
         found.append(f"trains token rows of {', '.join(config.token_rows)}")
     if model.network.model.embed_tokens.has_lora:
         found.append("adapts embed_tokens")
+    if model.carried:
+        found.append(f"brings {', '.join(model.carried)} along")
     return found
 
 

@@ -79,7 +79,7 @@ def load(
         grow_network(model.network, rows_of_adapter(files.config, files.tensors), "mean")
         _take_larger_tokenizer(model, Path(adapter))
         model._attach(files.config, strict=False)
-        load_adapter_tensors(model.network, files.config, files.tensors)
+        model.carried = load_adapter_tensors(model.network, files.config, files.tensors)
     return model
 
 

@@ -7,7 +7,7 @@ strips PEFT's prefix. The matching rules are PEFT's, so an adapter means the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -207,17 +207,18 @@ def adapter_tensors(network: nn.Module, config: LoraConfig) -> dict[str, Tensor]
 
 
 def load_adapter_tensors(
-    network: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]
-) -> None:
+    network: Decoder, config: LoraConfig, tensors: dict[str, Tensor]
+) -> list[str]:
     """Copy adapter tensors into an attached network. Raises AdapterMismatch, naming misfits.
 
-    PEFT writes the frozen matrix of an adapted embedding or head along, as
-    `<module>.base_layer.weight`; it takes the place of the network's, as it does there.
+    PEFT may write frozen matrices of embedding and head along: `<module>.base_layer.weight` of
+    adapted ones, `<module>.weight` of a resized vocabulary or with save_embedding_layers=True. They
+    take the place of the network's, as they do there. Returns the names of those that differ from
+    what the network had, which the adapter has to go on carrying.
     """
     own = adapter_tensors(network, config)
-    for path in (EMBEDDING, HEAD):
-        if f"{path}{BASE_LAYER}" in tensors:
-            own[f"{path}{BASE_LAYER}"] = network.get_parameter(f"{path}.weight").detach()
+    along = frozen_along(network, tensors.keys() - own.keys())
+    own |= along
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misshapen = [
         f"{name} is {list(tensors[name].shape)}, the model takes {list(own[name].shape)}"
@@ -233,9 +234,31 @@ def load_adapter_tensors(
                 + [f"unexpected {name}" for name in extra[:4]]
             )
         )
+    both = [name for path in (EMBEDDING, HEAD) if (name := f"{path}.weight") in along]
+    if network.tied and len(both) == 2 and not torch.equal(*(tensors[name] for name in both)):
+        raise AdapterMismatch(
+            f"the adapter holds two matrices, {' and '.join(both)}, that are one in this model; it "
+            "was trained on a base whose head is not tied"
+        )
+    differing = [
+        name for name, frozen in along.items() if not torch.equal(frozen, tensors[name].to(frozen))
+    ]
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+    return differing
+
+
+def frozen_along(network: Decoder, names: Collection[str]) -> dict[str, Tensor]:
+    """Those matrices [V, D] of embedding and head that `names` of an adapter's file speak of."""
+    embedding = network.model.embed_tokens
+    owners = {EMBEDDING: embedding, HEAD: embedding if network.tied else network.lm_head}
+    return {
+        f"{path}{leaf}": owner.get_parameter("weight").detach()
+        for path, owner in owners.items()
+        for leaf in (".weight", BASE_LAYER)
+        if owner is not None and f"{path}{leaf}" in names
+    }
 
 
 def merged_weight(module: Projection) -> Tensor:

@@ -40,7 +40,8 @@ class Model:
     network: nn.Module; `network(tokens, positions=None)` gives logits. name: what was loaded, as
     the adapter's base. revision: commit hash on the hub, None for local files. level, level_reason:
     kernel level in use and why. originals: CPU copies of the matrices that an adapter trains in
-    full. base_is_tied: whether the base, before any adapter, shares its embedding with the head.
+    full. carried: names of frozen matrices that came with an adapter, which is saved with them
+    again. base_is_tied: whether the base, before any adapter, shares its embedding with the head.
     wrapper: model_type of the multimodal model whose text tower this is, None for a text model.
     license: the base's, where its card says one. training: the last run on this model, for the card
     that `save_adapter`, `save_merged` and `push` write.
@@ -71,6 +72,7 @@ class Model:
         self.base_is_tied = network.tied
         self.lora_config: LoraConfig | None = None
         self.originals: dict[str, Tensor] = {}
+        self.carried: list[str] = []
         self._tokenizer = tokenizer
         self._new_ids: list[int] = []
         self._requested_level = requested_level

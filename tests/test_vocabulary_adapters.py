@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import sloth
@@ -14,7 +16,13 @@ from sloth.lora import adapter_disabled
 from sloth.train.config import TrainConfig
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import kind_of, parameter_groups
-from tests.oracles import hf_logits, peft_model, save_tiny
+from tests.oracles import (
+    hf_logits,
+    peft_model,
+    resized_hf_folder,
+    save_peft_adapter,
+    save_tiny,
+)
 from tests.test_lora import TOKENS, logits, randomised
 from tests.tolerance import FP32_ADAPTER, FP32_CHAIN
 
@@ -90,6 +98,86 @@ def _our_name(name: str) -> str:
     for mark in (".default", ".modules_to_save"):
         name = name.replace(mark, "")
     return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+TIED_BY_PEFT = {
+    "saved embedding": dict(modules_to_save=["embed_tokens"]),
+    "saved head": dict(modules_to_save=["lm_head"]),
+    "low-rank embedding": dict(target_modules=["v_proj", "embed_tokens"]),
+    "low-rank head": dict(target_modules=["v_proj", "lm_head"]),
+    "low-rank by pattern": dict(target_modules=r".*(v_proj|embed_tokens)"),
+    "rows": dict(trainable_token_indices=[7, 3, 150]),
+}
+
+
+@pytest.mark.parametrize("way", TIED_BY_PEFT)
+def test_what_peft_keeps_tied_gives_the_same_logits_here_and_back(folders, tmp_path, way):
+    settings = dict(target_modules=["v_proj"], r=4, ensure_weight_tying=True) | TIED_BY_PEFT[way]
+    theirs = save_peft_adapter(folders["tied"], tmp_path / "adapter", **settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name and parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+            if "lora_embedding" in name:  # logits of about 1; the head's factors are these ones
+                parameter *= 0.1
+        theirs.save_pretrained(tmp_path / "adapter")
+        expected = theirs(TOKENS).logits
+    notice = nullcontext() if way == "rows" else pytest.warns(UserWarning, match="keeps .* tied")
+    with notice:
+        model = sloth.load(folders["tied"], adapter=tmp_path / "adapter", device="cpu")
+    assert_close(logits(model), expected, **FP32_ADAPTER)
+    model.save_adapter(tmp_path / "again")
+    with torch.no_grad():
+        back = peft_model(folders["tied"], tmp_path / "again")(TOKENS).logits
+    assert_close(back, expected, **FP32_ADAPTER)
+
+
+WITH_MATRICES = {
+    "projections": dict(target_modules=["v_proj"]),
+    "saved embedding": dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"]),
+    "saved head": dict(target_modules=["v_proj"], modules_to_save=["lm_head"]),
+    "rows": dict(target_modules=["v_proj"], trainable_token_indices=[7, 3, 150]),
+}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize(
+    ("way", "num_rows"), [("projections", 160), *((way, 163) for way in WITH_MATRICES)]
+)
+def test_frozen_matrices_that_peft_saves_along_replace_the_bases(
+    folders, tmp_path, way, kind, num_rows
+):
+    """And stay with the adapter: the base on disk lacks them."""
+    other = save_tiny("llama", tmp_path / "x", 5, tie_word_embeddings=kind == "tied", **SMALL)
+    resized = resized_hf_folder(other, tmp_path / "resized", num_rows)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    file = resized / "model.safetensors"
+    mixed = load_file(folders[kind] / "model.safetensors")
+    mixed |= {name: value for name, value in load_file(file).items() if name in names}
+    save_file(mixed, file, metadata={"format": "pt"})
+    theirs = save_peft_adapter(resized, tmp_path / "adapter", r=4, **WITH_MATRICES[way])
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    tokens = torch.cat((TOKENS, torch.full((2, 1), num_rows - 1)), 1)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    model = sloth.load(folders[kind], adapter=tmp_path / "adapter", device="cpu")
+    with torch.no_grad():
+        assert_close(model.logits(tokens), expected, **FP32_ADAPTER)
+    model.save_adapter(tmp_path / "again")
+    again = sloth.load(folders[kind], adapter=tmp_path / "again", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again.logits(tokens), model.logits(tokens))
+        back = peft_model(resized, tmp_path / "again")(tokens).logits
+    assert_close(back, expected, **FP32_ADAPTER)
+    with pytest.raises(errors.AdapterMismatch, match="along"):
+        model.save_adapter(tmp_path / "gguf", format="gguf")
+
+
+def test_two_matrices_for_a_tied_pair_are_refused(folders, tmp_path):
+    theirs = save_peft_adapter(folders["untied"], tmp_path / "a", target_modules=["v_proj"], r=4)
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(errors.AdapterMismatch, match="lm_head.*one in this model"):
+        sloth.load(folders["tied"], adapter=tmp_path / "a", device="cpu")
 
 
 def test_a_tied_head_without_training_of_its_own_costs_no_memory(folders):

@@ -9,6 +9,7 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ PREFIX = "base_model.model."
 _SAVED_MODULES = tuple(
     f"{path}{leaf}" for path in (HEAD, EMBEDDING) for leaf in (".weight", BASE_LAYER)
 )
+
+# What else PEFT writes of these two with save_embedding_layers=True, from inside its wrappers: the
+# frozen matrix around trained rows, which counts, and for one trained in full the trained matrix
+# once more and the base's, in whose place it is.
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_AROUND_ROWS = ".token_adapter.base_layer.weight"
+_REPEATED = (".modules_to_save.weight", ".original_module.weight")
 
 # Settings that change what the adapter computes and that sloth does not: the value each must have.
 _MUST_BE_OFF = (
@@ -135,7 +143,33 @@ def read_adapter(folder: Path) -> AdapterFiles:
     if not isinstance(settings, dict):
         raise AdapterMismatch(f"{file} holds no object")
     config, tensors = text_adapter(_lora_config(settings, file), _read_tensors(folder))
+    if settings.get("ensure_weight_tying"):
+        config = _with_tied_head(config, tensors)
+    if HEAD not in config.token_rows:  # those of a head tied to the embedding are the same ones
+        tensors.pop(f"{HEAD}{_ROWS}", None)
     return AdapterFiles(config, tensors, settings.get("base_model_name_or_path"))
+
+
+def _with_tied_head(config: LoraConfig, tensors: dict[str, Tensor]) -> LoraConfig:
+    """The settings of an adapter on a tied embedding that PEFT made the head share.
+
+    They name the embedding alone, while the file has the head's part, too: equal to the
+    embedding's, or transposed for low-rank factors.
+    """
+    update: dict[str, object] = {}
+    targets = config.targets
+    if "embed_tokens" in config.modules_to_save and f"{HEAD}.weight" in tensors:
+        update["modules_to_save"] = list(dict.fromkeys([*config.modules_to_save, HEAD]))
+    if f"{HEAD}.lora_A.weight" in tensors:
+        is_pattern = isinstance(targets, str)
+        update["targets"] = f"(?:{targets})|{HEAD}" if is_pattern else [*targets, HEAD]
+    if update:
+        warnings.warn(
+            "the adapter keeps embedding and head tied (ensure_weight_tying); sloth computes the "
+            "same from it, but training on trains the two apart",
+            stacklevel=3,
+        )
+    return config.model_copy(update=update)
 
 
 def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
@@ -181,11 +215,16 @@ def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
             alpha_pattern=settings.get("alpha_pattern") or {},
             use_rslora=settings.get("use_rslora", False),
             use_dora=settings.get("use_dora", False),
-            modules_to_save=settings.get("modules_to_save") or [],
+            modules_to_save=_leaves(settings.get("modules_to_save") or []),
             trainable_token_indices=settings.get("trainable_token_indices"),
         )
     except ValidationError as error:
         raise AdapterMismatch(f"{file} cannot be used: {error}") from error
+
+
+def _leaves(paths: list[str]) -> list[str]:
+    """Last parts of paths, each once: PEFT takes `model.embed_tokens` for `embed_tokens`."""
+    return list(dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths))
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -207,9 +246,14 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt", device="cpu") as opened:
         for key in opened.keys():  # noqa: SIM118 (no mapping)
             name = key.removeprefix(PREFIX)
-            if not key.startswith(PREFIX) or not _is_known(name):
+            if name.endswith(_AROUND_ROWS):
+                name = f"{name.removesuffix(_AROUND_ROWS)}.weight"
+            repeated = next((leaf for leaf in _REPEATED if name.endswith(leaf)), None)
+            once = name if repeated is None else f"{name.removesuffix(repeated)}.weight"
+            if not key.startswith(PREFIX) or not _is_known(once):
                 raise AdapterMismatch(f"{file} holds {key}, which sloth cannot place")
-            tensors[name] = opened.get_tensor(key).clone()
+            if repeated is None:
+                tensors[name] = opened.get_tensor(key).clone()
     return tensors
 
 

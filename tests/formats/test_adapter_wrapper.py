@@ -160,6 +160,31 @@ def test_adapters_by_peft_are_read_and_merged_as_by_peft(folders, name, settings
         assert_close(value, merged[whole].data, **FP32_MERGE)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
+        dict(modules_to_save=["model.language_model.embed_tokens"]),
+        dict(),
+    ],
+    ids=["saved, tied", "low-rank, tied", "saved", "frozen"],
+)
+@pytest.mark.filterwarnings("ignore:the adapter keeps embedding and head tied")
+def test_embedding_and_head_of_the_whole_model_are_read(folders, settings, tmp_path):
+    settings = dict(target_modules=[f"{TODAY}layers.0.self_attn.q_proj"], r=4) | settings
+    theirs = save_peft_adapter(folders["gemma3"], tmp_path / "adapter", **settings)
+    with torch.no_grad():
+        for parameter in theirs.get_input_embeddings().parameters():
+            parameter *= 0.3
+        theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        expected = theirs(TOKENS).logits
+    model = sloth.load(folders["gemma3"], adapter=tmp_path / "adapter", device="cpu", level="ops")
+    assert_close(logits(model), expected, **FP32_ADAPTER)
+    again = model.save_adapter(tmp_path / "again")
+    assert_close(peft_logits(folders["gemma3"], again), expected, **FP32_ADAPTER)
+
+
 def test_what_an_adapter_has_on_the_vision_tower_is_left_out_by_name(folders, tmp_path):
     theirs = save_peft_adapter(folders["gemma3"], tmp_path / "a", target_modules=["q_proj"], r=2)
     with pytest.warns(UserWarning, match=r"leaves out 2 tensors .*vision_tower"):

@@ -24,7 +24,7 @@ from sloth.formats.checkpoint import SafetensorsFolder
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.wrapper import WRAPPERS, Source, TextTower, text_config
 from sloth.linear import Linear, Projection
-from sloth.models import ARCHITECTURES
+from sloth.models import ARCHITECTURES, as_auto_config
 from sloth.models.decoder import Decoder
 from sloth.quant.bnb import BNB_SUFFIXES, read_bnb
 from sloth.quant.linear4bit import Linear4bit
@@ -100,7 +100,10 @@ def assemble(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a folder. Raises UnknownModel, or UnsupportedConfig if unreadable."""
+    """The config.json of a folder, with the model_type that Transformers builds it from.
+
+    Raises UnknownModel, or UnsupportedConfig if unreadable.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise UnknownModel(f"{path} holds no config.json; expected a Hugging Face model folder")
@@ -110,7 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UnsupportedConfig(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UnsupportedConfig(f"{file} holds a {type(config).__name__}, expected an object")
-    return config
+    return as_auto_config(config)
 
 
 def _open(path: Path) -> tuple[Source, dict[str, Any], Tokenizer | None]:

@@ -120,8 +120,9 @@ def _num_parameters(hf_config: dict[str, object]) -> int | None:
     import torch
 
     from sloth.linear import Linear
-    from sloth.models import ARCHITECTURES
+    from sloth.models import ARCHITECTURES, as_auto_config
 
+    hf_config = as_auto_config(hf_config)
     kind = ARCHITECTURES.get(str(hf_config.get("model_type")))
     if kind is None:
         return None

@@ -54,3 +54,15 @@ ARCHITECTURES: dict[str, tuple[Any, Callable[..., Decoder]]] = {
     "gemma3_text": (Gemma3Config, Gemma3Decoder),
     "smollm3": (SmolLM3Config, SmolLM3Decoder),
 }
+
+# (model_type, key) -> what Transformers' AutoConfig takes a config.json with that key for, whatever
+# the key holds. A text_config inside another file is what it says: there AutoConfig has no part.
+_TAKEN_FOR = {("mistral", "layer_types"): "ministral"}
+
+
+def as_auto_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A whole config.json with the model_type that Transformers builds the model from."""
+    for (model_type, key), taken_for in _TAKEN_FOR.items():
+        if config.get("model_type") == model_type and key in config:
+            return config | {"model_type": taken_for}
+    return config

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+import sloth
 from sloth.errors import UnsupportedConfig
 from sloth.models.mistral import MistralConfig
 from sloth.models.rope import QueryScale
-from tests.models.common import LINEAR, YARN, ArchitectureTests
+from tests.models.common import LINEAR, YARN, ArchitectureTests, random_tokens, read_config
+from tests.oracles import hf_logits, save_tiny
 
 # Past 16 tokens queries grow; mscale makes YaRN's attention factor differ from 1.
 GROWING = YARN | dict(
@@ -33,8 +37,27 @@ class TestMistral(ArchitectureTests):
             tie_word_embeddings=True,
         ),
     }
+    # layer_types: read from a whole config.json, whose type they change, not from a text_config
     unread = dict(layer_types=MIXED, attention_bias=True, hidden_act="gelu")
     defects = dict(sliding_window=17, rms_norm_eps=1e-2)
+
+
+@pytest.mark.parametrize("kinds", [MIXED, None], ids=["mixed", "null"])
+def test_mistral_with_layer_types_is_ministral_as_for_hugging_face(tmp_path, kinds):
+    settings = dict(sliding_window=16, layer_types=kinds)
+    folder = save_tiny("ministral", tmp_path / "base", **settings)
+    saved = read_config(folder) | dict(model_type="mistral", layer_types=kinds)
+    (folder / "config.json").write_text(json.dumps(saved | {"architectures": None}))
+    tokens = random_tokens()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sloth.load(folder, level="reference", dtype=dtype, device="cpu")
+        expected = hf_logits(folder, tokens, dtype)
+        with torch.no_grad():
+            assert torch.equal(model.logits(tokens), expected)
+        again = model.save_base(tmp_path / str(dtype))
+        assert torch.equal(hf_logits(again, tokens, dtype), expected)
+    assert read_config(again)["model_type"] == "ministral"
+    assert model.network.model_type == "ministral" and model.level == "reference"
 
 
 BASE = dict(

@@ -16,6 +16,7 @@ from typing import Any
 
 from sloth.errors import UnsupportedConfig
 from sloth.models.rope import DEFAULT_THETA, QueryScale, RopeParameters
+from sloth.models.values import checked
 
 # Keys that name the file's history, a tool's bookkeeping, sampling defaults or classification
 # heads: none of them changes the logits of a causal language model.
@@ -38,6 +39,13 @@ IRRELEVANT_KEYS = frozenset(
     """.split()
 )
 
+# Of keys that only some types read: what leaves the others' mathematics as it is.
+NEUTRAL_VALUES: dict[str, Any] = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "rope_interleaved"), False),
+    **dict.fromkeys(("use_bidirectional_attention", "use_mrope", "use_sliding_window"), False),
+    "partial_rotary_factor": 1.0,
+}
+
 # Keys that name code inside the repository. sloth never runs it; on a supported type it has its
 # own.
 REMOTE_CODE_KEYS = frozenset({"auto_map", "model_file", "custom_pipelines"})
@@ -59,6 +67,7 @@ class LayerSpec:
 
 # What config.json's `layer_types` says of a layer.
 FULL, SLIDING = "full_attention", "sliding_attention"
+_HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 class KeyReader:
@@ -72,31 +81,34 @@ class KeyReader:
         self.config = config
         self.ignore = frozenset(ignore)
         self.model_type = str(config.get("model_type"))
-        self._seen: set[str] = set()
+        self._taken: dict[str, Any] = {}
 
     def take(self, key: str, default: Any = ...) -> Any:
         """Value of `key`; `default` if the key is absent or null; required without a default."""
-        self._seen.add(key)
         value = self.config.get(key)
-        if value is not None:
-            return value
-        if default is ...:
-            raise UnsupportedConfig(f"config.json of a {self.model_type} model lacks {key!r}")
-        return default
+        if value is None:
+            if default is ...:
+                raise UnsupportedConfig(f"config.json of a {self.model_type} model lacks {key!r}")
+            value = default
+        return self._given(key, value)
 
     def take_nullable(self, key: str, default: Any) -> Any:
         """Value of `key`, null included; `default` only where the key is absent.
 
         For keys with which null says "switched off", such as a window or a softcap.
         """
-        self._seen.add(key)
-        return self.config.get(key, default)
+        return self._given(key, self.config.get(key, default))
+
+    def _given(self, key: str, value: Any) -> Any:
+        self._taken[key] = checked(key, value)
+        return value
 
     def take_rope(
         self, head_dim: int, max_positions: int, theta: float = DEFAULT_THETA
     ) -> RopeParameters:
         """The rotary table of every layer, in the old spelling or the new; `theta` if unsaid."""
-        return RopeParameters.from_hf(self.take_rope_entry(), theta, head_dim, max_positions)
+        entry = self.take_rope_entry()
+        return RopeParameters.from_hf(entry, theta, head_dim, max_positions, self.ignore)
 
     def take_rope_entry(self) -> dict[str, Any]:
         """What the file says of rotary positions, as one `rope_parameters` entry; {} if nothing."""
@@ -112,7 +124,7 @@ class KeyReader:
         window: what sliding layers see; there must be one.
         """
         types = tuple(self.take(key, default))
-        if len(types) != len(default) or not set(types) <= {FULL, SLIDING}:
+        if len(types) != len(default) or any(kind not in (FULL, SLIDING) for kind in types):
             raise UnsupportedConfig(
                 f"config.json sets {key}={types!r}; expected {len(default)} entries, one a layer, "
                 f"of {FULL!r} and {SLIDING!r}"
@@ -133,15 +145,25 @@ class KeyReader:
         return value if value in allowed else default
 
     def finish(self) -> None:
-        """Refuse what is left over."""
+        """Refuse what is left over, and numbers that do not go together."""
+        heads, kv_heads = (self._taken.get(key) for key in _HEADS)
+        if heads and kv_heads and heads % kv_heads:
+            raise UnsupportedConfig(
+                f"config.json sets num_attention_heads={heads} and num_key_value_heads={kv_heads}; "
+                "expected a multiple, since each of the latter serves as many of the former"
+            )
         for key in sorted(REMOTE_CODE_KEYS & self.config.keys()):
             warnings.warn(
                 f"config.json names code of its own ({key}); sloth does not run it and uses its "
                 f"own {self.model_type}",
                 stacklevel=2,
             )
-        known = self._seen | IRRELEVANT_KEYS | REMOTE_CODE_KEYS | self.ignore
-        unknown = sorted(self.config.keys() - known)
+        known = self._taken.keys() | IRRELEVANT_KEYS | REMOTE_CODE_KEYS | self.ignore
+        unknown = sorted(
+            key
+            for key in self.config.keys() - known
+            if self.config[key] not in (None, NEUTRAL_VALUES.get(key))
+        )
         if unknown:
             raise UnsupportedConfig(
                 f"config.json of a {self.model_type} model has keys that sloth does not know: "

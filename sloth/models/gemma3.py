@@ -17,6 +17,7 @@ H query heads, K kv heads, E head dim.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
 from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
 from sloth.models.rope import RopeParameters
+from sloth.models.values import OBJECT, checked
 
 FULL_THETA, LOCAL_THETA = 1e6, 1e4
 
@@ -75,7 +77,12 @@ class Gemma3Config:
         layer_types = keys.take_layer_types(
             [SLIDING if (index + 1) % pattern else FULL for index in range(num_layers)], window
         )
-        keys.expect("attn_logit_softcapping", (None,), None)
+        if keys.take("attn_logit_softcapping", None) is not None:
+            warnings.warn(
+                "config.json sets attn_logit_softcapping, which Transformers does not read of this "
+                "type; sloth caps no scores either",
+                stacklevel=2,
+            )
         full, local = _rope_entries(keys)
         built = cls(
             vocab_size=keys.take("vocab_size", 262208),
@@ -87,8 +94,10 @@ class Gemma3Config:
             head_dim=head_dim,
             max_position_embeddings=max_positions,
             rms_norm_eps=keys.take("rms_norm_eps", 1e-6),
-            rope=RopeParameters.from_hf(full, FULL_THETA, head_dim, max_positions),
-            local_rope=RopeParameters.from_hf(local, LOCAL_THETA, head_dim, max_positions),
+            rope=RopeParameters.from_hf(full, FULL_THETA, head_dim, max_positions, keys.ignore),
+            local_rope=RopeParameters.from_hf(
+                local, LOCAL_THETA, head_dim, max_positions, keys.ignore
+            ),
             query_pre_attn_scalar=keys.take("query_pre_attn_scalar", 256),
             final_logit_softcapping=keys.take("final_logit_softcapping", None),
             sliding_window=window,
@@ -145,7 +154,7 @@ def _rope_entries(keys: KeyReader) -> tuple[dict[str, Any], dict[str, Any]]:
             f"config.json sets {', '.join(sorted(unknown))} in rope_parameters; {keys.model_type} "
             f"has one entry for {FULL!r} and one for {SLIDING!r} layers"
         )
-    full, local = dict(new.get(FULL) or {}), dict(new.get(SLIDING) or {})
+    full, local = (dict(checked(kind, new.get(kind), OBJECT) or {}) for kind in (FULL, SLIDING))
     full |= keys.take("rope_scaling", {})
     full.setdefault("rope_theta", keys.take("rope_theta", FULL_THETA))
     local.setdefault("rope_theta", keys.take("rope_local_base_freq", LOCAL_THETA))

@@ -27,6 +27,7 @@ from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
 from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
 from sloth.models.rope import DEFAULT_THETA, QueryScale, RopeParameters
+from sloth.models.values import checked
 
 _HF_CLASSES = {
     "mistral": "MistralForCausalLM",
@@ -92,9 +93,9 @@ class MistralConfig:
         beta = None
         if is_ministral3:
             entry = entry or dict(_MINISTRAL3_ROPE)
-            beta = entry.pop("llama_4_scaling_beta", None)
+            beta = checked("llama_4_scaling_beta", entry.pop("llama_4_scaling_beta", None))
             entry.pop("max_position_embeddings", None)  # repeats the model's own
-        rope = RopeParameters.from_hf(entry, DEFAULT_THETA, head_dim, max_positions)
+        rope = RopeParameters.from_hf(entry, DEFAULT_THETA, head_dim, max_positions, keys.ignore)
         built = cls(
             model_type=model_type,
             vocab_size=keys.take("vocab_size"),

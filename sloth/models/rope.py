@@ -16,6 +16,8 @@ Hugging Face does: bf16 angles are off by whole turns at long contexts.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sloth.errors import UnsupportedConfig
+from sloth.models.values import checked
 
 DEFAULT_THETA = 10000.0
 
@@ -49,6 +52,10 @@ _OPTIONAL = {
         "truncate",
     ),
 }
+# What files carry for other programs: Transformers does not read it, whatever it says.
+_FOR_OTHERS = {"yarn": ("attn_factor",)}
+# What says nothing of a type that does not read it.
+_NEUTRAL = {"default": {"factor": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,26 @@ class RopeParameters:
 
     @classmethod
     def from_hf(
-        cls, parameters: dict[str, Any] | None, theta: float, head_dim: int, max_positions: int
+        cls,
+        parameters: dict[str, Any] | None,
+        theta: float,
+        head_dim: int,
+        max_positions: int,
+        ignore: Iterable[str] = (),
     ) -> RopeParameters:
         """Read `rope_parameters` or `rope_scaling`; `theta` and `max_positions` fill what it lacks.
 
-        Raises UnsupportedConfig for an unknown type, a missing number, or a key no type reads.
+        ignore: keys that no type reads and that shall be left unread. Raises UnsupportedConfig for
+        an unknown type, a missing or malformed number, or any other key no type reads.
         """
-        given = {k: v for k, v in (parameters or {}).items() if v is not None}
-        rope_type = given.pop("rope_type", given.pop("type", "default"))
+        given = {k: checked(k, v) for k, v in (parameters or {}).items() if v is not None}
+        rope_type = str(given.pop("rope_type", given.pop("type", "default")))
         given.pop("type", None)
         theta = float(given.pop("rope_theta", theta))
+        if head_dim % 2:
+            raise UnsupportedConfig(
+                f"heads of {head_dim} dims cannot be rotated; expected an even number"
+            )
         if given.pop("partial_rotary_factor", 1.0) != 1.0:
             raise UnsupportedConfig("partial_rotary_factor other than 1 is not supported")
         if rope_type not in _REQUIRED:
@@ -86,9 +103,20 @@ class RopeParameters:
         if missing:
             raise UnsupportedConfig(f"rope_type {rope_type!r} lacks {', '.join(missing)}")
         known = set(_REQUIRED[rope_type]) | set(_OPTIONAL[rope_type])
-        unknown = sorted(given.keys() - known)
-        if unknown:
-            raise UnsupportedConfig(f"rope_type {rope_type!r} does not read {', '.join(unknown)}")
+        neutral = _NEUTRAL.get(rope_type, {})
+        for key in sorted(given.keys() - known):
+            value = given.pop(key)
+            if key in _FOR_OTHERS.get(rope_type, ()):
+                warnings.warn(
+                    f"config.json sets {key}={value!r}, which Transformers does not read of "
+                    f"rope_type {rope_type!r}; sloth leaves it unread, too",
+                    stacklevel=2,
+                )
+            elif key not in ignore and (key not in neutral or value != neutral[key]):
+                raise UnsupportedConfig(
+                    f"config.json sets {key}={value!r}, which rope_type {rope_type!r} does not "
+                    f"read. To load it all the same: sloth.load(..., ignore_config=[{key!r}])"
+                )
         if rope_type in ("llama3", "yarn"):
             given.setdefault("original_max_position_embeddings", max_positions)
         return cls(rope_type, theta, head_dim, max_positions, tuple(sorted(given.items())))

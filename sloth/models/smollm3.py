@@ -68,9 +68,10 @@ class SmolLM3Config:
         has_rope = keys.take(
             "no_rope_layers", [int((index + 1) % interval != 0) for index in range(num_layers)]
         )
-        if len(has_rope) != num_layers:
+        if len(has_rope) != num_layers or any(has not in (0, 1) for has in has_rope):
             raise UnsupportedConfig(
-                f"config.json sets no_rope_layers for {len(has_rope)} layers of {num_layers}"
+                f"config.json sets no_rope_layers={has_rope!r}; expected {num_layers} entries, "
+                "one a layer, of 0 and 1"
             )
         window = keys.take("sliding_window", None)
         if not keys.take("use_sliding_window", False):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import sloth
 from sloth.errors import UnsupportedConfig
 from sloth.models.gemma3 import Gemma3Config
-from tests.models.common import ArchitectureTests
+from tests.models.common import ArchitectureTests, random_tokens
+from tests.oracles import hf_logits, save_tiny
 
 # Seven layers: both kinds and the tail after a full one.
 TINY = dict(
@@ -37,15 +40,22 @@ class TestGemma3(ArchitectureTests):
             final_logit_softcapping=2.0,
         ),
     }
-    unread = dict(
-        hidden_activation="silu", attn_logit_softcapping=50.0, use_bidirectional_attention=True
-    )
+    unread = dict(hidden_activation="silu", use_bidirectional_attention=True)
     defects = dict(
         sliding_window=17,
         query_pre_attn_scalar=25,
         layer_types=["sliding_attention"] * 7,
         rope_parameters=ROPES | {"sliding_attention": LOCAL | dict(rope_theta=2e4)},
     )
+
+
+def test_a_cap_on_scores_is_read_over_as_by_hugging_face(tmp_path):
+    folder = save_tiny("gemma3_text", tmp_path / "base", **TINY, attn_logit_softcapping=0.5)
+    tokens = random_tokens()
+    with pytest.warns(UserWarning, match="attn_logit_softcapping.*caps no scores"):
+        model = sloth.load(folder, level="reference", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens), hf_logits(folder, tokens))
 
 
 # What the text_config of the first 4B files says, and no more.

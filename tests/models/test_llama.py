@@ -100,6 +100,7 @@ def config_with(**changes: object) -> dict[str, object]:
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
     )
     return base | changes
 
@@ -116,6 +117,48 @@ def config_with(**changes: object) -> dict[str, object]:
 def test_settings_that_would_change_the_mathematics_are_refused_by_name(changes, words):
     with pytest.raises(errors.UnsupportedConfig, match=words):
         LlamaConfig.from_hf(config_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_size": "48"}, "positive whole number"),
+        ({"num_attention_heads": 0}, "positive whole number"),
+        ({"num_hidden_layers": 2.5}, "positive whole number"),
+        ({"head_dim": 3}, "even"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple"),
+        ({"rms_norm_eps": "x"}, "positive number"),
+        ({"rope_theta": float("nan")}, "positive number"),
+        ({"tie_word_embeddings": "maybe"}, "true or false"),
+        ({"rope_parameters": "yarn"}, "an object"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, "positive number"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "known: default"),
+    ],
+)
+def test_malformed_values_are_named_with_what_was_expected(changes, expected):
+    key, value = list(changes.items())[-1]
+    while isinstance(value, dict):
+        key, value = list(value.items())[-1]
+    with pytest.raises(errors.UnsupportedConfig, match=expected) as caught:
+        LlamaConfig.from_hf(config_with(**changes))
+    assert str(value) in str(caught.value)
+    assert key in str(caught.value) or expected == "even"
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_keys_of_other_types_are_read_over_where_they_change_nothing(model_type):
+    config_class, _ = ARCHITECTURES[model_type]
+    plain = config_with(model_type=model_type, hidden_act=None)
+    neutral = dict(attention_bias=False, mlp_bias=False, use_mrope=False, hidden_wobble=None)
+    assert config_class.from_hf(plain | neutral) == config_class.from_hf(plain)
+
+
+def test_a_key_of_the_rotary_settings_can_be_ignored_on_purpose():
+    given = config_with(rope_scaling={"type": "linear", "factor": 2.0, "zeta": 1})
+    with pytest.raises(errors.UnsupportedConfig, match=r"zeta=1.*ignore_config=\['zeta'\]"):
+        LlamaConfig.from_hf(given)
+    plain = config_with(rope_scaling={"type": "linear", "factor": 2.0})
+    assert LlamaConfig.from_hf(given, ignore=["zeta"]) == LlamaConfig.from_hf(plain)
 
 
 def test_an_unknown_key_can_be_ignored_on_purpose():

@@ -80,6 +80,11 @@ def test_an_absent_window_is_the_types_default_and_a_null_one_is_none():
     assert [spec.window for spec in config("ministral3").layers()] == [None, None]
 
 
+def test_a_window_of_no_keys_is_refused():
+    with pytest.raises(UnsupportedConfig, match="sliding_window=0.*null for no window"):
+        config(sliding_window=0)
+
+
 def test_ministral3_without_rotary_settings_gets_the_types_own():
     built = config("ministral3")
     assert built.rope.rope_type == "yarn" and built.rope["factor"] == 16.0

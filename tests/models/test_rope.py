@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sloth.errors import UnsupportedConfig
 from sloth.models.rope import Rope, RopeParameters
 from tests.tolerance import ROPE_TABLE
 
@@ -39,6 +40,13 @@ def test_yarn_takes_its_factor_from_the_two_lengths():
     given = {"rope_type": "yarn", "original_max_position_embeddings": 8192}
     explicit = RopeParameters.from_hf(given | {"factor": 16.0}, 5e5, 128, 131072)
     assert RopeParameters.from_hf(given, 5e5, 128, 131072) == explicit
+
+
+def test_a_plain_table_may_be_told_that_its_factor_is_one():
+    plain = RopeParameters.from_hf(None, 1e4, 64, 2048)
+    assert RopeParameters.from_hf({"type": "default", "factor": 1.0}, 1e4, 64, 2048) == plain
+    with pytest.raises(UnsupportedConfig, match=r"factor=2\.0"):
+        RopeParameters.from_hf({"type": "default", "factor": 2.0}, 1e4, 64, 2048)
 
 
 def test_tables_in_bf16_are_the_fp32_ones_rounded_once():

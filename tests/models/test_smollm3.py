@@ -48,3 +48,5 @@ def test_every_fourth_layer_has_no_rotary_positions_unless_said():
     assert [spec.rope is None for spec in second] == [False, True] * 4
     with pytest.raises(UnsupportedConfig, match="no_rope_layers"):
         SmolLM3Config.from_hf(BASE | dict(no_rope_layers=[1, 0]))
+    with pytest.raises(UnsupportedConfig, match="no_rope_layers.*8 entries"):
+        SmolLM3Config.from_hf(BASE | dict(no_rope_layers=["x"] * 8))

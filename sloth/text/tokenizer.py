@@ -25,6 +25,7 @@ from sloth.text.chat import ChatTemplate
 from sloth.text.sentencepiece_model import SentencePieceTokenizer
 from sloth.text.tekken import SPECIAL_TOKENS, tokenizer_json_of_tekken
 
+GENERATION = "generation_config.json"
 _VOCABULARIES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 FILE_NAMES = (
     "tokenizer.json",
@@ -33,7 +34,7 @@ FILE_NAMES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
@@ -70,7 +71,7 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._files = dict(files)
         config = self._json("tokenizer_config.json")
-        generation = self._json("generation_config.json")
+        generation = self._json(GENERATION)
         vocabulary = next(name for name in _VOCABULARIES if name in self._files)
         given = SPECIAL_TOKENS if vocabulary == "tekken.json" else {}
         self.special_tokens = given | _special_tokens(config, self._json("special_tokens_map.json"))
@@ -85,12 +86,19 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read a folder. Raises TokenizerMissing if no file in it holds a vocabulary."""
+        """Read a folder. Raises TokenizerMissing if no file in it holds a vocabulary.
+
+        Without generation_config.json the ends that config.json names count, as in transformers.
+        """
         folder = Path(path)
         found = {name: folder / name for name in FILE_NAMES if (folder / name).is_file()}
         for file in sorted((folder / _MORE_TEMPLATES).glob("*.jinja")):
             found[f"{_MORE_TEMPLATES}/{file.name}"] = file
-        return cls._checked({name: file.read_bytes() for name, file in found.items()}, str(folder))
+        contents = {name: file.read_bytes() for name, file in found.items()}
+        tokenizer = cls._checked(contents, str(folder))
+        if GENERATION not in found:
+            tokenizer._end_at(_ends_of_model(folder / "config.json"))
+        return tokenizer
 
     @classmethod
     def from_files(cls, files: Mapping[str, str | bytes]) -> Tokenizer:
@@ -108,6 +116,12 @@ class Tokenizer:
                 f"{where} has none of {', '.join(_VOCABULARIES)}; copy the base model's"
             )
         return cls(files)
+
+    def _end_at(self, ids: list[int]) -> None:
+        """Let these ids end an answer, too, and say so in a file that goes along."""
+        if not set(ids) <= set(self.stop_ids):
+            self._files[GENERATION] = json.dumps({"eos_token_id": ids}).encode()
+            self.stop_ids = tuple(dict.fromkeys([*ids, *self.stop_ids]))
 
     # -- text and ids ------------------------------------------------------------------------------
 
@@ -328,3 +342,14 @@ def _ids(value: Any) -> list[int]:
     if isinstance(value, list):
         return value
     return [] if value is None else [value]
+
+
+def _ends_of_model(file: Path) -> list[int]:
+    """The eos_token_id of a config.json, if there is one, or of the text model inside."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        text = config.get("text_config") or {}
+        found = _ids(config.get("eos_token_id", text.get("eos_token_id")))
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong
+        return []
+    return [index for index in found if isinstance(index, int)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,18 @@ def test_stop_ids_are_the_generation_configs_and_eos(folder: Path, tmp_path: Pat
     assert several.stop_ids == (7, 9, several.eos_id) and several.pad_id == 5
     files["generation_config.json"] = json.dumps({"eos_token_id": several.eos_id})
     assert Tokenizer.from_files(files).stop_ids == (several.eos_id,)
+
+
+def test_stop_ids_are_the_models_without_a_generation_config(folder: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    for config in (dict(eos_token_id=[7, 9]), dict(text_config=dict(eos_token_id=[7, 9]))):
+        (base / "config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.from_folder(base)
+        assert tokenizer.stop_ids == (7, 9, tokenizer.eos_id)
+        tokenizer.save(tmp_path / "saved")  # where no config.json goes along
+        assert Tokenizer.from_folder(tmp_path / "saved").stop_ids == tokenizer.stop_ids
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert Tokenizer.from_folder(base).stop_ids == (7, tokenizer.eos_id)
 
 
 def test_special_tokens_come_from_either_file(folder: Path) -> None:

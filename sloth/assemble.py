@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from sloth.formats.checkpoint import SafetensorsFolder
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.wrapper import WRAPPERS, Source, TextTower, text_config
 from sloth.linear import Linear, Projection
+from sloth.lora import EMBEDDING, HEAD
 from sloth.models import ARCHITECTURES, as_auto_config
 from sloth.models.decoder import Decoder
+from sloth.models.values import OBJECT, checked
 from sloth.quant.bnb import BNB_SUFFIXES, read_bnb
 from sloth.quant.linear4bit import Linear4bit
 from sloth.text.tokenizer import Tokenizer
@@ -69,19 +71,15 @@ def assemble(
     source, hf_config, tokenizer = _open(path)
     wrapper: str | None = None
     left_out: tuple[str, ...] = ()
-    if hf_config.get("model_type") in WRAPPERS:
+    if str(hf_config.get("model_type")) in WRAPPERS:
         wrapper = hf_config["model_type"]
         source = TextTower(source)
         left_out = tuple(source.left_out)
         _tell_left_out(wrapper, left_out)
         hf_config = text_config(hf_config, ignore_config)
-    model_type = hf_config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise UnsupportedConfig(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+    config_class, decoder_class = architecture_of(hf_config)
     check_quantization(hf_config)
-    config_class, decoder_class = ARCHITECTURES[model_type]
+    _check_stored_quantization(source)
     config = config_class.from_hf(hf_config, ignore_config)
     if config.tie_word_embeddings and _has_own_head(source):
         config = replace(config, tie_word_embeddings=False)
@@ -97,6 +95,18 @@ def assemble(
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)
     return Assembled(network.eval(), hf_config, tokenizer, is_quantized, wrapper, left_out)
+
+
+def architecture_of(hf_config: dict[str, Any]) -> tuple[Any, Callable[..., Decoder]]:
+    """Config and decoder of a text model's config.json. Raises UnsupportedConfig."""
+    model_type = hf_config.get("model_type")
+    found = ARCHITECTURES.get(str(model_type))
+    if found is None:
+        raise UnsupportedConfig(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}, "
+            f"and the text models of {' and '.join(WRAPPERS)}"
+        )
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def _tell_left_out(model_type: str, names: Sequence[str]) -> None:
 
 def check_quantization(hf_config: dict[str, Any]) -> None:
     """Raise UnsupportedConfig for stored weights of a kind that sloth does not read."""
-    settings = hf_config.get("quantization_config") or {}
+    settings = checked("quantization_config", hf_config.get("quantization_config"), OBJECT) or {}
     method = settings.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes" or settings.get("load_in_8bit"):
         kind = "8-bit" if method == "bitsandbytes" else method
@@ -147,6 +157,23 @@ def check_quantization(hf_config: dict[str, Any]) -> None:
             f"the weights are quantized with {kind}; sloth reads 16 and 32-bit weights and "
             "bitsandbytes 4-bit NF4. Load the unquantized model, with quant='nf4' to save memory"
         )
+
+
+def _check_stored_quantization(source: Source) -> None:
+    """Raise UnsupportedConfig for 4-bit tensors of another kind, or where sloth keeps 16 bits."""
+    for name in source.names:
+        if name.endswith(_BNB_FP4_MARK):
+            raise UnsupportedConfig(
+                f"{name.removesuffix(_BNB_FP4_MARK)} is stored in FP4; sloth reads bitsandbytes "
+                "NF4 only. Load the unquantized model, with quant='nf4' to save memory"
+            )
+        path = name.removesuffix(f".weight{_BNB_MARK}")
+        if path != name and path in (HEAD, EMBEDDING):
+            raise UnsupportedConfig(
+                f"{path} is stored in 4 bits (llm_int8_skip_modules leaves it out); sloth keeps "
+                "head and embedding in 16 or 32 bits. Load the unquantized model, with quant='nf4' "
+                "to save memory"
+            )
 
 
 def _has_own_head(source: Source) -> bool:
@@ -199,8 +226,6 @@ def _fill(network: Decoder, source: Source, device: torch.device, dtype: torch.d
 def _fill_linear4bit(
     module: Linear4bit, name: str, source: Source, device: torch.device, read: Any, used: set[str]
 ) -> None:
-    if f"{name}{_BNB_FP4_MARK}" in source.names:
-        raise UnsupportedConfig(f"{name} is stored in FP4; sloth reads bitsandbytes NF4 only")
     if f"{name}{_BNB_MARK}" in source.names:
         weight = read_bnb(name, source.tensor, source.names).to(device)
         expected = (module.out_features, module.in_features)

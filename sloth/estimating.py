@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from sloth.assemble import check_quantization, read_config
+from sloth.assemble import architecture_of, check_quantization, read_config
 from sloth.dtypes import resolve_dtype
-from sloth.errors import UnsupportedConfig
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
 from sloth.formats.wrapper import WRAPPERS, text_config
@@ -23,7 +22,6 @@ from sloth.kernels.fp8 import check_base_compute
 from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
 from sloth.lora_config import LoraConfig
-from sloth.models import ARCHITECTURES
 from sloth.models.decoder import Decoder
 from sloth.planning import host_share_gib
 from sloth.quant.linear4bit import Linear4bit
@@ -115,15 +113,10 @@ def on_meta(
 ) -> tuple[Decoder, bool]:
     """The network of a folder or .gguf file without its weights, and whether it is in 4 bits."""
     hf_config: dict[str, Any] = GGUFFile(path).config if path.is_file() else read_config(path)
-    if hf_config.get("model_type") in WRAPPERS:
+    if str(hf_config.get("model_type")) in WRAPPERS:
         hf_config = text_config(hf_config, ignore_config)
-    model_type = hf_config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise UnsupportedConfig(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+    config_class, decoder_class = architecture_of(hf_config)
     check_quantization(hf_config)
-    config_class, decoder_class = ARCHITECTURES[model_type]
     config = config_class.from_hf(hf_config, ignore_config)
     is_4bit = quant == "nf4" or bool(hf_config.get("quantization_config"))
     kind = Linear4bit if is_4bit else Linear

@@ -215,16 +215,17 @@ def bnb_logits(folder: Path, tokens: Tensor) -> Tensor:
     return model(tokens).logits
 
 
-def save_bnb_folder(dense_folder: Path, folder: Path) -> Path:
+def save_bnb_folder(dense_folder: Path, folder: Path, **changes: Any) -> Path:
     """Quantize a dense folder with Hugging Face and bitsandbytes (NF4, double quantization)."""
     from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(
+    usual = dict(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
+    settings = BitsAndBytesConfig(**usual | changes)
     model = AutoModelForCausalLM.from_pretrained(
         dense_folder, dtype=torch.float32, quantization_config=settings, device_map="cpu"
     )

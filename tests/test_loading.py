@@ -109,6 +109,19 @@ def test_dynamic_bitsandbytes_folder_is_read_tensor_by_tensor(folder, tmp_path):
     assert isinstance(kinds["model.layers.0.mlp.down_proj"], Linear4bit)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(bnb_4bit_quant_type="fp4"), "stored in FP4"),
+        (dict(llm_int8_skip_modules=[]), "lm_head is stored in 4 bits"),
+    ],
+)
+def test_other_4_bit_folders_are_refused_by_their_name(folder, tmp_path, changes, words):
+    saved = save_bnb_folder(folder, tmp_path / "bnb", **changes)
+    with pytest.raises(errors.UnsupportedConfig, match=words):
+        sloth.load(saved, device="cpu")
+
+
 def test_unknown_name_offers_the_nearest_alias():
     with pytest.raises(errors.UnknownModel, match="llama-3.2-1b"):
         sloth.load("lama-3.2-1b")
@@ -121,7 +134,7 @@ def test_folder_without_config_is_refused(tmp_path):
 
 def test_unsupported_model_type_is_refused_by_name(copy):
     edit_config(copy, model_type="mamba")
-    with pytest.raises(errors.UnsupportedConfig, match="mamba.*llama"):
+    with pytest.raises(errors.UnsupportedConfig, match="mamba.*llama.*gemma3 and mistral3"):
         sloth.load(copy)
 
 
@@ -133,11 +146,12 @@ def test_unknown_config_key_is_named_with_the_way_out(copy):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}]
+    "settings",
+    [{"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "gptq"],
 )
 def test_other_quantizations_are_refused(copy, settings):
     edit_config(copy, quantization_config=settings)
-    with pytest.raises(errors.UnsupportedConfig, match="quantized"):
+    with pytest.raises(errors.UnsupportedConfig, match="quantized|quantization_config='gptq'"):
         sloth.load(copy)
 
 

@@ -23,6 +23,7 @@ from sloth.kernels.fp8 import BaseCompute, refuse_dora, require_fp8
 from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
+from sloth.models.inputs import check_labels, check_positions, check_tokens
 from sloth.planning import Planner
 from sloth.text.tokenizer import Tokenizer
 from sloth.train.config import TrainConfig
@@ -130,9 +131,10 @@ class Model:
         """Token ids [B, T] -> logits [B, T, V] in the compute dtype.
 
         positions: [T] or [B, T]; where they restart at 0, a new packed document begins.
-        Raises ValueError for tokens that are no integer matrix or outside the vocabulary.
+        Raises ValueError for tokens that are no integer matrix, empty or, given on the host,
+        outside the vocabulary, and for positions of another length. So do the calls below.
         """
-        return self.network(self._checked(tokens), positions)
+        return self.network(self._checked(tokens, positions), positions)
 
     def loss(
         self,
@@ -146,8 +148,8 @@ class Model:
         tokens, labels: [B, T]; labels are shifted here, -100 is not trained. num_trained: divisor
         in place of this batch's count, for steps of several micro-batches.
         """
-        tokens = self._checked(tokens)
-        _require_same_shape(labels, tokens)
+        tokens = self._checked(tokens, positions)
+        check_labels(labels, tokens, self.config.vocab_size)
         return self.network.loss(tokens, labels, positions, num_trained)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -155,7 +157,7 @@ class Model:
 
         What the output head multiplies; differentiable. positions: as for `logits`.
         """
-        return self.network.hidden_states(self._checked(tokens), positions)
+        return self.network.hidden_states(self._checked(tokens, positions), positions)
 
     def logprobs(
         self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
@@ -168,9 +170,9 @@ class Model:
         gives 0 and costs nothing. positions: as for `logits`; the first token of each document
         gives 0.
         """
-        tokens = self._checked(tokens)
+        tokens = self._checked(tokens, positions)
         if labels is not None:
-            _require_same_shape(labels, tokens)
+            check_labels(labels, tokens, self.config.vocab_size)
         return self.network.logprobs(tokens, labels, positions)
 
     @contextmanager
@@ -191,12 +193,9 @@ class Model:
                 for name, value in trained.items():
                     parameters[name].data = value
 
-    def _checked(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(
-                f"tokens must be integers of shape [batch, length], got {tokens.dtype} "
-                f"{list(tokens.shape)}"
-            )
+    def _checked(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        check_tokens(tokens, self.config.vocab_size)
+        check_positions(positions, tokens)
         return tokens.to(self.device)
 
     # -- training --------------------------------------------------------------------------------
@@ -371,10 +370,3 @@ class Model:
         from sloth.pushing import push
 
         return push(self, repo_id, private=private, merged=merged, message=message)
-
-
-def _require_same_shape(labels: Tensor, tokens: Tensor) -> None:
-    if labels.shape != tokens.shape:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
-        )

@@ -1,0 +1,58 @@
+"""What a forward pass is given, checked before it runs: a GPU answers an id outside the vocabulary
+with an assertion that ends the process, and a CPU an empty batch with an error deep inside.
+
+Shapes: B batch, T tokens. What lies on a GPU is checked in shape alone: to look at its values would
+wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sloth.kernels.ops.linear_cross_entropy import IGNORED
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `tokens` are integers [B, T] with B, T > 0, in the vocabulary."""
+    is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.dim() != 2 or not is_whole or not tokens.numel():
+        raise ValueError(
+            f"tokens must be integers of shape [batch, length], neither of them 0, got "
+            f"{tokens.dtype} {list(tokens.shape)}"
+        )
+    _check_ids("tokens", tokens, vocab_size)
+
+
+def check_labels(labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `labels` [B, T] fit `tokens` and are token ids, or -100."""
+    if labels.shape != tokens.shape:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
+        )
+    if labels.device.type == "cpu":
+        _check_ids("labels", labels[labels != IGNORED], vocab_size)
+
+
+def check_positions(positions: Tensor | None, tokens: Tensor) -> None:
+    """Raise ValueError unless `positions` are [T], [1, T] or [B, T], if there are any."""
+    if positions is None:
+        return
+    batch, length = tokens.shape
+    shape = list(torch.as_tensor(positions).shape)
+    if shape not in ([length], [1, length], [batch, length]):
+        raise ValueError(
+            f"positions have shape {shape}; expected [{length}] or {[batch, length]}, one for each "
+            "of the tokens"
+        )
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    least, largest = (int(end) for end in ids.aminmax())
+    if least < 0 or largest >= vocab_size:
+        outside = least if least < 0 else largest
+        raise ValueError(
+            f"{name} hold {outside}; the vocabulary has ids from 0 to {vocab_size - 1}"
+        )

@@ -20,7 +20,7 @@ from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.dispatch import Level, ops_of, twin_of
 from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
-from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
+from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
 from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
 from sloth.kernels.ops.lora_linear import gains_of
 from sloth.kernels.recording import Recorder
@@ -277,8 +277,12 @@ class Decoder(OpModule):
             positions = positions.to(hidden.device)
         if cache is not None and cache.documents is not None:
             keys = cache.documents
-            queries = keys[:, past : past + length]
-            layouts = {window: AttentionLayout(queries, keys, window) for window in windows}
+            if past:
+                queries = keys[:, past : past + length]
+                layouts = {window: AttentionLayout(queries, keys, window) for window in windows}
+            else:  # a whole prompt, of which kernels may know the bounds instead of a mask
+                bounds = index_bounds(keys, hidden.device)
+                layouts = {window: AttentionLayout.of(bounds, window) for window in windows}
         if cache is not None and cache.spans is not None:
             layouts = {w: AttentionLayout(window=w, spans=cache.spans) for w in windows}
         tables = {

@@ -11,6 +11,7 @@ import sloth
 from sloth.infer.decode import FixedStep
 from sloth.infer.generate import generate_tokens
 from sloth.infer.text import generate_text, is_batch, ready_to_generate, stream_text
+from sloth.kernels.ops import attention as attention_module
 from sloth.models.cache import KVCache
 from tests.oracles import hf_model, save_tiny_llama
 
@@ -61,6 +62,20 @@ def test_greedy_tokens_equal_hugging_face(folder, network):
 def test_a_row_does_not_depend_on_its_neighbours(network):
     together = collect(network, PROMPTS, 10)
     assert together == [collect(network, [prompt], 10)[0] for prompt in PROMPTS]
+
+
+def test_padded_prompts_are_read_within_bounds_and_not_through_a_mask(folder, monkeypatch):
+    """So that no GPU makes one of T x T; a step, of one query, may."""
+    network, seen = sloth.load(folder, device="cpu", level="ops").network, []
+
+    def choose(q, k, layout, softcap):
+        seen.append((q.shape[2], layout.query_documents is None or layout.bounds is not None))
+        return "cpu_flash"
+
+    monkeypatch.setattr(attention_module, "choose_backend", choose)
+    collect(network, PROMPTS, 3)
+    prompts = [bounded for num_queries, bounded in seen if num_queries > 1]
+    assert prompts and all(prompts)
 
 
 def test_a_stop_id_ends_its_row_only(network):

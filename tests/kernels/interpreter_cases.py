@@ -18,11 +18,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from sloth.kernels.engine import INTERPRET, forced_engine
+from sloth.kernels.ops import attention as attention_module
 from sloth.kernels.ops.add_rms_norm import add_rms_norm
 from sloth.kernels.ops.attention import attention, attention_reference
 from sloth.kernels.ops.attention_layout import AttentionLayout, Spans, document_bounds
@@ -354,6 +356,25 @@ def capped_attention_windows_and_documents(dtype: torch.dtype) -> None:
         factor = tolerance.attention_error_factor(dtype)
         with forced_engine("triton"), nan_poisoned_empty():
             op, truth = partial(attention, **how), partial(attention_reference, **how)
+            assert_kernel_accuracy(op, truth, [q, k, v], factor=factor)
+
+
+@case
+def attention_without_a_cap_in_windows_and_documents(dtype: torch.dtype) -> None:
+    # What fp32 on a GPU takes; there `choose_backend` asks for a GPU.
+    num_tokens, device = 70, torch.device("cpu")
+    positions = torch.stack((torch.arange(70) % 40, torch.arange(70) % 23))
+    for head_dim, window, documents in ((16, 9, False), (100, None, True), (130, 33, True)):
+        bounds = document_bounds(positions, device) if documents else None
+        q, k, v = (
+            randn(2, num_tokens, heads, head_dim, seed=i, dtype=dtype).transpose(1, 2)
+            for i, heads in enumerate((2, 1, 1))
+        )
+        how = {"scale": head_dim**-0.5, "layout": AttentionLayout.of(bounds, window)}
+        op, truth = partial(attention, **how), partial(attention_reference, **how)
+        factor = tolerance.attention_error_factor(dtype)
+        ours = patch.object(attention_module, "choose_backend", lambda *given: "triton")
+        with forced_engine("triton"), nan_poisoned_empty(), ours:
             assert_kernel_accuracy(op, truth, [q, k, v], factor=factor)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from sloth.kernels.ops.attention import (
     attention_reference,
     choose_backend,
 )
-from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds
+from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
 from tests import tolerance
 from tests.kernels.common import (
     assert_gradcheck,
@@ -83,6 +85,19 @@ def test_document_bounds_of_positions() -> None:
     assert bounds.last.tolist() == [[2, 2, 2, 3, 5, 5], [5] * 6]
     # a row cut out of a longer document begins anywhere; one document a row is no packing
     assert document_bounds(positions[1:] + 7, torch.device("cpu")) is None
+
+
+def test_bounds_of_left_padding_are_those_of_its_index() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    bounds = index_bounds(documents, torch.device("cpu"))
+    assert bounds is not None and bounds.longest == 6
+    assert bounds.cumulative.tolist() == [0, 3, 6, 12, 13, 18]
+    assert bounds.first.tolist() == [[0, 0, 0, 3, 3, 3], [0] * 6, [0, 1, 1, 1, 1, 1]]
+    assert bounds.last.tolist() == [[2, 2, 2, 5, 5, 5], [5] * 6, [0, 5, 5, 5, 5, 5]]
+    mask = AttentionLayout.of(bounds, 2).dense_mask(6, 6, documents.device)
+    told = AttentionLayout(documents, documents, 2).dense_mask(6, 6, documents.device)
+    assert mask is not None and told is not None and torch.equal(mask, told)
+    assert index_bounds(documents[1:2], torch.device("cpu")) is None
 
 
 def op_and_reference(layout: AttentionLayout) -> tuple[partial[Tensor], partial[Tensor]]:
@@ -200,6 +215,49 @@ def test_bf16_on_a_cpu_stays_within_eager_error(lengths: tuple[int, int]) -> Non
     assert_kernel_accuracy(op, reference, qkv(lengths, torch.bfloat16))
 
 
+def on_a_gpu(dtype: torch.dtype, num_queries: int, num_keys: int, head_dim: int) -> list[Any]:
+    """What `choose_backend` looks at of q and k there."""
+    return [
+        SimpleNamespace(
+            shape=torch.Size((2, heads, length, head_dim)),
+            **{"dtype": dtype, "is_cuda": True, "device": torch.device("cuda")},
+        )
+        for heads, length in ((4, num_queries), (2, num_keys))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "softcap", "expected"),
+    [
+        (torch.float32, "plain", None, "efficient"),
+        (torch.float32, "window", None, "triton"),
+        (torch.float32, "documents", None, "triton"),
+        (torch.float32, "documents_and_window", None, "triton"),
+        (torch.float32, "documents", 30.0, "triton"),
+        (torch.bfloat16, "documents_and_window", None, "flash"),
+        (torch.bfloat16, "documents_and_window", 30.0, "triton"),
+        (torch.bfloat16, "window", 30.0, "triton"),
+    ],
+)
+def test_a_whole_prompt_on_a_gpu_makes_no_dense_mask(dtype, layout, softcap, expected) -> None:
+    pytest.importorskip("triton")
+    known = layouts(9, 9)[layout]
+    q, k = on_a_gpu(dtype, 9, 9, 128)
+    assert choose_backend(q, k, known, softcap) == expected
+    if known.query_documents is not None:  # without bounds a mask is what is left
+        told = AttentionLayout(known.query_documents, known.key_documents, known.window)
+        left = "efficient" if softcap is None else "math"
+        assert choose_backend(q, k, told, softcap) == left
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "head_dim"), [(1, 9, 128), (3, 9, 128), (9, 9, 264)]
+)
+def test_fp32_on_a_gpu_keeps_the_kernel_that_takes_any_shape(num_queries, num_keys, head_dim):
+    q, k = on_a_gpu(torch.float32, num_queries, num_keys, head_dim)
+    assert choose_backend(q, k, AttentionLayout(window=3)) == "efficient"
+
+
 # q heads and kv heads, head dim
 GPU_HEADS = (((8, 2), 64), ((4, 4), 128), ((4, 1), 72), ((2, 1), 256), ((2, 1), 20))
 
@@ -281,6 +339,7 @@ def test_gpu_backends_are_chosen_as_documented() -> None:
     assert chosen(torch.bfloat16, 128, num_queries=1) == "flash"
     assert chosen(torch.bfloat16, 128, "documents", num_queries=1) == "efficient"
     assert chosen(torch.float32, 64) == "efficient"
+    assert chosen(torch.float32, 64, "documents_and_window") == "triton"
     assert chosen(torch.float64, 64) == "math"
     assert chosen(torch.bfloat16, 20) == "math"
     torch.use_deterministic_algorithms(True)

@@ -93,29 +93,30 @@ def choose_backend(
     A cache of fixed size goes to our own kernel (`decode_attention.py`), which has no backward.
 
     On a GPU, fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not
-    all. A softcap, which none of these has, goes to our own kernel (`flash_attention.py`), where T
-    == S; fp64 and what no kernel takes to the formula.
+    all. There, and for a softcap, which none of these has, our own kernel serves where T == S and
+    bounds are known (`flash_attention.py`); fp64 and what no kernel takes go to the formula.
     """
-    num_queries, head_dim = q.shape[2:]
+    (num_queries, head_dim), num_keys = q.shape[2:], k.shape[2]
     if q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
         return "math"
     if layout.spans is not None:
         return "decode" if engine_for(q) == "triton" and num_queries == 1 else "math"
+    is_square = num_queries == num_keys
+    bounded = layout.query_documents is None or (is_square and layout.bounds is not None)
+    ours = engine_for(q) == "triton" and is_square and bounded and head_dim <= 256
     if softcap is not None:
-        ours = engine_for(q) == "triton" and num_queries == k.shape[2] and head_dim <= 256
-        bounded = layout.query_documents is None or layout.bounds is not None
-        return "triton" if ours and bounded else "math"
+        return "triton" if ours else "math"
     if not q.is_cuda:
         return "cpu_flash"
+    is_plain = layout.is_plain(num_queries, num_keys)
     if q.dtype not in _HALF or head_dim > 256:
-        return "efficient"
-    if num_queries > 1 and layout.is_plain(num_queries, k.shape[2]):
+        return "triton" if ours and not is_plain else "efficient"
+    if num_queries > 1 and is_plain:
         hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
         if hopper and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled():
             return "cudnn"
         return "flash"
-    known = layout.query_documents is None or (layout.bounds and num_queries == k.shape[2])
-    return "flash" if known else "efficient"
+    return "flash" if bounded else "efficient"
 
 
 def _math_weights(

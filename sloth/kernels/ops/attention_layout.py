@@ -35,8 +35,17 @@ def document_bounds(positions_BT: Tensor, device: torch.device) -> DocumentBound
 
     Read on the host, so that kernels know their sizes: positions on a GPU are waited for.
     """
-    positions = positions_BT.cpu()
-    starts = positions == 0
+    return _bounds(positions_BT.cpu() == 0, device)
+
+
+def index_bounds(documents_BT: Tensor, device: torch.device) -> DocumentBounds | None:
+    """The same of documents that are told by an index, such as left padding and the text behind."""
+    documents = documents_BT.cpu()
+    return _bounds(documents != documents.roll(1, 1), device)
+
+
+def _bounds(starts: Tensor, device: torch.device) -> DocumentBounds | None:
+    """starts: bool [B, T] on the host, True where a document begins; the first column is one."""
     starts[:, 0] = True
     if int(starts.sum()) == len(starts):
         return None

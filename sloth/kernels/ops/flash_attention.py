@@ -1,4 +1,5 @@
-"""Attention on a GPU with what the framework's kernels lack: a softcap, at head dims up to 256.
+"""Attention on a GPU with what the framework's kernels lack, at head dims up to 256: a softcap, and
+in fp32 windows and documents without a mask of size T x T.
 
 Shapes: q, O [B, H, T, E]; k, v [B, K, T, E]; any strides with unit inner stride; H a multiple of K.
 Query i sees key j iff j <= i, i - j < window, and j is not before the first token of i's document.
@@ -31,8 +32,10 @@ from torch import Tensor
 from sloth.kernels.engine import jit, tl
 from sloth.kernels.rows import next_power_of_2
 
-# Queries and keys of a tile, by head dim: what fits the 99 KiB of the smaller GPUs.
+# Queries and keys of a tile, by head dim: what fits the 99 KiB of the smaller GPUs, where the
+# backward holds four tiles.
 _TILES = {64: (64, 64), 128: (64, 32), 256: (32, 32)}
+_FP32_TILES = {64: (64, 64), 128: (32, 32), 256: (16, 16)}
 _WARPS, _STAGES = 4, 1
 
 
@@ -163,34 +166,45 @@ def _signature(names: tuple[str, ...], strided: tuple[str, ...]) -> dict[str, st
     }
 
 
-def compile_constants(head_dim: int) -> dict[str, Any]:
-    """Constexprs of the most demanding launch at a head dim, for a compile test."""
-    block_q, block_k = _TILES[head_dim]
-    return {
-        **{"WINDOW": 4096, "SOFTCAP": 50.0, "HAS_DOCUMENTS": True, "HEAD_DIM": head_dim},
-        **{"BLOCK_E": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k},
-    }
+def compile_entries(signature: dict[str, str]) -> list[dict[str, Any]]:
+    """The most demanding launches of a kernel, for a compile test; in fp32 on the least memory."""
+    entries = []
+    for head_dim in (128, 256):
+        for dtype, which in ((torch.bfloat16, {}), (torch.float32, {"capabilities": (86,)})):
+            block_q, block_k = _tile_sizes(head_dim, dtype)
+            pointer = "*fp32" if dtype == torch.float32 else "*bf16"
+            entries.append(
+                {
+                    "signature": {k: pointer if v == "*bf16" else v for k, v in signature.items()},
+                    "constexprs": {
+                        **{"WINDOW": 4096, "SOFTCAP": 50.0, "HAS_DOCUMENTS": True},
+                        **{"HEAD_DIM": head_dim, "BLOCK_E": head_dim},
+                        **{"BLOCK_Q": block_q, "BLOCK_K": block_k},
+                    },
+                    "options": OPTIONS,
+                    **which,
+                }
+            )
+    return entries
+
+
+def _tile_sizes(block_e: int, dtype: torch.dtype) -> tuple[int, int]:
+    return (_FP32_TILES if dtype == torch.float32 else _TILES)[block_e]
 
 
 OPTIONS = {"num_warps": _WARPS, "num_stages": _STAGES}
 COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
-    "_flash_fwd_kernel": [
-        {
-            "signature": _signature(_STRIDED, _STRIDED),
-            "constexprs": compile_constants(head_dim),
-            "options": OPTIONS,
-        }
-        for head_dim in (128, 256)
-    ]
+    "_flash_fwd_kernel": compile_entries(_signature(_STRIDED, _STRIDED))
 }
 
 
 def constants(
-    head_dim: int, window: int | None, softcap: float | None, first: Tensor | None
+    q: Tensor, window: int | None, softcap: float | None, first: Tensor | None
 ) -> dict[str, Any]:
-    """Constexprs and options of a launch."""
+    """Constexprs and options of a launch for queries q [B, H, T, E]."""
+    head_dim = q.shape[-1]
     block_e = max(next_power_of_2(head_dim), 64)
-    block_q, block_k = _TILES[block_e]
+    block_q, block_k = _tile_sizes(block_e, q.dtype)
     return {
         **{"WINDOW": window, "SOFTCAP": softcap, "HAS_DOCUMENTS": first is not None},
         **{"HEAD_DIM": head_dim, "BLOCK_E": block_e, "BLOCK_Q": block_q, "BLOCK_K": block_k},
@@ -218,10 +232,10 @@ def flash_attention_fwd(
 
     q [B, H, T, E], k and v [B, K, T, E] in fp16, bf16 or fp32 with E at most 256.
     """
-    batch, heads, num_tokens, head_dim = q.shape
+    batch, heads, num_tokens, _ = q.shape
     out = empty_like_heads(q)
     lse = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=q.device)
-    meta = constants(head_dim, window, softcap, first)
+    meta = constants(q, window, softcap, first)
     if q.numel():
         _flash_fwd_kernel[(-(-num_tokens // meta["BLOCK_Q"]), batch * heads)](
             q,

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from sloth.kernels.engine import jit, tl
 from sloth.kernels.ops.flash_attention import (
-    OPTIONS,
     _scores,
     _store,
     _tile,
-    compile_constants,
+    compile_entries,
     constants,
     empty_like_heads,
 )
@@ -215,18 +214,8 @@ def _signature(strided: str, bounds: str) -> dict[str, str]:
 
 
 COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
-    name: [
-        {
-            "signature": signature,
-            "constexprs": compile_constants(head_dim),
-            "options": OPTIONS,
-        }
-        for head_dim in (128, 256)
-    ]
-    for name, signature in (
-        ("_flash_dq_kernel", _signature("q k v dout dq", "first")),
-        ("_flash_dkv_kernel", _signature("q k v dout dk dv", "first last")),
-    )
+    "_flash_dq_kernel": compile_entries(_signature("q k v dout dq", "first")),
+    "_flash_dkv_kernel": compile_entries(_signature("q k v dout dk dv", "first last")),
 }
 
 
@@ -247,13 +236,13 @@ def flash_attention_bwd(
 
     last [B, T] int32: where each token's document ends.
     """
-    batch, heads, num_tokens, head_dim = q.shape
+    batch, heads, num_tokens, _ = q.shape
     kv_heads, groups = k.shape[1], heads // k.shape[1]
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq, dk, dv = empty_like_heads(q), empty_like_heads(k), empty_like_heads(v)
     if not q.numel():
         return dq, dk, dv
-    meta = constants(head_dim, window, softcap, first)
+    meta = constants(q, window, softcap, first)
     bounds = (lse, lse) if first is None or last is None else (first, last)
     sizes = (num_tokens, heads, groups, scale)
     _flash_dq_kernel[(-(-num_tokens // meta["BLOCK_Q"]), batch * heads)](

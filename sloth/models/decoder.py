@@ -286,7 +286,8 @@ class Decoder(OpModule):
         if cache is not None and cache.spans is not None:
             layouts = {w: AttentionLayout(window=w, spans=cache.spans) for w in windows}
         tables = {
-            parameters: rope.tables(positions, hidden.dtype)
+            # with a cache rows are prompts, which do not depend on their neighbours
+            parameters: rope.tables(positions, hidden.dtype, alone=cache is not None)
             for parameters, rope in self._ropes.items()
         }
         scales = {

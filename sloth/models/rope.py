@@ -161,34 +161,56 @@ class Rope:
     def __init__(self, parameters: RopeParameters) -> None:
         self.parameters = parameters
         self.frequencies, self.attention_factor = _frequencies(parameters)
+        self._plain, self._exponents = self.frequencies, _exponents(parameters.head_dim)
         self._longest = parameters.max_positions  # dynamic: length the frequencies were made for
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, positions: Tensor, dtype: torch.dtype, alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """positions [B, T] or [1, T] -> cos, sin [B or 1, T, head_dim] in `dtype`.
 
+        alone: where the table follows the length (dynamic), each row's own, as if nothing else had
+        been read; otherwise all rows share that of the longest one so far, as in Hugging Face.
         fp64 activations get tables computed in fp64 from the fp32 frequencies.
         """
-        if self.parameters.rope_type == "dynamic":
-            self._follow_length(positions)
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
+            self._plain = self._plain.to(positions.device)
+            self._exponents = self._exponents.to(positions.device)
+        frequencies = self.frequencies
+        if self.parameters.rope_type == "dynamic":
+            frequencies = self._of_rows(positions) if alone else self._follow_length(positions)
         wide = torch.promote_types(dtype, torch.float32)
-        angles = positions[..., None].to(wide) * self.frequencies.to(wide)
+        angles = positions[..., None].to(wide) * frequencies.to(wide)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return cos.to(dtype), sin.to(dtype)
 
-    def _follow_length(self, positions: Tensor) -> None:
+    def _follow_length(self, positions: Tensor) -> Tensor:
         """Grow with the longest sequence seen; return to the plain table below max_positions."""
         length = positions.max() + 1  # stays a tensor: Hugging Face forms theta in fp32 from it
         if length > self._longest:
-            self.frequencies = _dynamic_frequencies(self.parameters, length)
+            self.frequencies = self._grown(length)
             self._longest = int(length)
         elif length < self.parameters.max_positions < self._longest:
-            self.frequencies, _ = _frequencies(self.parameters)
+            self.frequencies = self._plain
             self._longest = self.parameters.max_positions
+        return self.frequencies
+
+    def _of_rows(self, positions: Tensor) -> Tensor:
+        """Frequencies [B, 1, head_dim / 2] by each row's length; the device is not waited for."""
+        length = positions.amax(-1)[:, None, None] + 1
+        is_long = length > self.parameters.max_positions
+        return torch.where(is_long, self._grown(length), self._plain)
+
+    def _grown(self, length: Tensor) -> Tensor:
+        """Frequencies of a dynamic table for sequences of this length."""
+        p = self.parameters
+        growth = (p["factor"] * length / p.max_positions) - (p["factor"] - 1)
+        theta = p.theta * growth ** (p.head_dim / (p.head_dim - 2))
+        return 1.0 / (theta**self._exponents)
 
 
 def _frequencies(p: RopeParameters) -> tuple[Tensor, float]:
@@ -206,12 +228,6 @@ def _frequencies(p: RopeParameters) -> tuple[Tensor, float]:
 def _exponents(head_dim: int) -> Tensor:
     # On the CPU whatever the default device: a decoder is built on meta.
     return torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-
-
-def _dynamic_frequencies(p: RopeParameters, length: Tensor) -> Tensor:
-    growth = (p["factor"] * length / p.max_positions) - (p["factor"] - 1)
-    theta = p.theta * growth ** (p.head_dim / (p.head_dim - 2))
-    return 1.0 / (theta ** _exponents(p.head_dim).to(length.device))
 
 
 def _llama3_frequencies(p: RopeParameters, plain: Tensor) -> Tensor:

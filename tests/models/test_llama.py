@@ -11,10 +11,13 @@ from torch.testing import assert_close
 
 import sloth
 from sloth import errors
+from sloth.infer.decode import FixedStep
+from sloth.infer.generate import generate_tokens
 from sloth.models import ARCHITECTURES
+from sloth.models.cache import KVCache
 from sloth.models.llama import LlamaConfig
 from tests.models.common import ArchitectureTests, random_tokens, read_config
-from tests.oracles import hf_logits, hf_model, save_tiny_llama
+from tests.oracles import hf_greedy, hf_logits, hf_model, save_tiny_llama
 from tests.tiny_configs import LLAMA_VARIANTS
 from tests.tolerance import FP32_CHAIN
 
@@ -52,6 +55,38 @@ def test_dynamic_rope_follows_hugging_face_through_growing_and_shrinking_lengths
         tokens = random_tokens(1, length)
         with torch.no_grad():
             assert torch.equal(ours.logits(tokens), theirs(tokens).logits), length
+
+
+def test_dynamic_rope_of_a_padded_batch_is_each_prompts_own(folders):
+    """Below, across and above the length from which on the table grows, as if each came first."""
+    network = sloth.load(folders["dynamic"], level="ops", device="cpu").network
+    prompts = [random_tokens(1, length, length)[0].tolist() for length in (23, 30, 3, 60, 40)]
+    stops = (2,)
+    together = list(generate_tokens(network, prompts, 6, stops))
+    for row, prompt in enumerate(prompts):
+        ours = [step[row] for step in together if step[row] is not None]
+        assert ours == hf_greedy(hf_model(folders["dynamic"]), prompt, 6, stops)
+
+
+def test_dynamic_rope_on_a_fixed_cache_is_each_rows_own(folders):
+    network = sloth.load(folders["dynamic"], level="ops", device="cpu").network
+    tokens, padding = random_tokens(2, 50), 12
+    documents = torch.ones(2, 30, dtype=torch.long)
+    documents[1, :padding] = 0
+    positions = torch.arange(30).repeat(2, 1)
+    positions[1] = (positions[1] - padding).clamp(min=0)
+
+    def steps(rows: slice, start: int) -> torch.Tensor:
+        cache = KVCache(network.config.num_hidden_layers, 50 - start)
+        cache.extend_documents(documents[rows, start:])
+        network(tokens[rows, start:30], positions[rows, start:], cache)
+        step = FixedStep(network, cache, positions[rows, -1:] + 1)
+        return torch.stack([step(tokens[rows, i : i + 1]) for i in range(30, 50)], 1)
+
+    with torch.no_grad():
+        together = steps(slice(None), 0)
+        alone = torch.cat([steps(slice(0, 1), 0), steps(slice(1, 2), padding)])
+    assert_close(together, alone, **FP32_CHAIN)
 
 
 def test_num_trained_divides_the_sum(folders):

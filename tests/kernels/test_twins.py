@@ -25,6 +25,7 @@ LENGTH = 40
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
 KEEPS = {**POLICIES, "tiled": replace(POLICIES["P2"], tile_tokens=32)}
 SOME = ["v_proj", "gate_proj"]
+NONE = ["embed_tokens"]  # of the projections: its gradient passes through layers that have no adapter
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def test_every_architecture_has_a_twin() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
-    ("quant", "targets"), [(None, "all-linear"), ("nf4", "all-linear"), ("nf4", SOME)]
+    ("quant", "targets"),
+    [(None, "all-linear"), ("nf4", "all-linear"), ("nf4", SOME), (None, NONE), ("nf4", NONE)],
 )
 def test_twin_equals_the_model_file(
     folders: dict[str, Path], name: str, quant: str | None, targets: Any
@@ -76,7 +78,7 @@ def test_twin_equals_the_model_file(
     model, tokens = adapted(folders[name], targets, quant), random_tokens(2, LENGTH)
     model.network.double()
     expected = run(model, "reference", tokens)
-    assert len(expected) > 4
+    assert len(expected) == 3 if targets == NONE else len(expected) > 4
     with nan_poisoned_empty():
         actual = run(model, "fused", tokens)
     assert actual.keys() == expected.keys()

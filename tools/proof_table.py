@@ -52,8 +52,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "GGUF out": ("test_a_model_of_every_type_is_written_and_verified",),
     "template": ("test_templates_render_byte_for_byte_as_in_transformers",),
 }
+# What a multimodal model's text tower computes and writes is its text model's: this test shows that
+# it is the same network, and stands in the cells whose tests are of the text model.
+SAME_NETWORK = "test_the_text_tower_is_the_text_models_own_network"
+OF_THE_NETWORK = (
+    *("gradients", "decode", "packed", "twin", "twin, packed", "NF4 out", "GGUF in", "GGUF out"),
+)
 # The template test names models; these are the types they have.
-TEMPLATES = {
+TEMPLATES: dict[str, str | tuple[str, ...]] = {
     "llama-3": "llama",
     "llama-3.1": "llama",
     "llama-3.2": "llama",
@@ -68,7 +74,7 @@ TEMPLATES = {
     "qwen-2.5": "qwen2",
     "qwen-3": "qwen3",
     "gemma-2": "gemma2",
-    "gemma-3": "gemma3_text",
+    "gemma-3": ("gemma3_text", "gemma3"),
     "HuggingFaceTB-SmolLM3-3B": "smollm3",
 }
 MODEL_TYPES = (*ARCHITECTURES, *WRAPPERS)
@@ -78,31 +84,34 @@ Proofs = dict[tuple[str, str], list[str]]
 
 def proofs(items: Iterable[Any]) -> Proofs:
     """(model type, column) -> node ids, of pytest's items."""
-    columns = {name: column for column, names in COLUMNS.items() for name in names}
+    columns = {name: (column,) for column, names in COLUMNS.items() for name in names}
+    columns[SAME_NETWORK] = OF_THE_NETWORK
     found: Proofs = defaultdict(list)
     for item in items:
-        column = columns.get(getattr(item, "originalname", None) or item.name)
-        model_type = _model_type(item) if column else None
-        if column and model_type:
-            found[model_type, column].append(item.nodeid)
+        shown = columns.get(getattr(item, "originalname", None) or item.name, ())
+        for model_type in _model_types(item) if shown else ():
+            for column in shown:
+                found[model_type, column].append(item.nodeid)
     return dict(found)
 
 
-def _model_type(item: Any) -> str | None:
+def _model_types(item: Any) -> tuple[str, ...]:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "variant" in parameters:
-        return item.cls.variants[parameters["variant"]].get("model_type", item.cls.model_type)
+        variant = item.cls.variants[parameters["variant"]]
+        return (variant.get("model_type", item.cls.model_type),)
     variants = getattr(item.module, "VARIANTS", {})
     for value in parameters.values():
         if not isinstance(value, str):
             continue
         if value in MODEL_TYPES:
-            return value
+            return (value,)
         if value in variants:
-            return str(variants[value]["model_type"])
+            return (str(variants[value]["model_type"]),)
         if value in TEMPLATES:
-            return TEMPLATES[value]
-    return None
+            types = TEMPLATES[value]
+            return (types,) if isinstance(types, str) else types
+    return ()
 
 
 def markdown(found: Proofs) -> str:

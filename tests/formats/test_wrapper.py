@@ -13,6 +13,7 @@ import sloth
 from sloth.assemble import assemble
 from sloth.errors import CheckpointMismatch, UnsupportedConfig
 from sloth.formats.wrapper import text_config
+from sloth.models import ARCHITECTURES
 from tests.models.common import LINEAR, random_tokens, read_config
 from tests.oracles import hf_logits, hf_wrapper_logits, save_tiny_wrapper
 
@@ -70,6 +71,22 @@ def test_logits_equal_the_whole_models_on_text(folders, name, dtype):
     with torch.no_grad():
         model = sloth.load(folders[name], level="reference", dtype=dtype, device="cpu")
         assert torch.equal(model.logits(tokens), hf_wrapper_logits(folders[name], tokens, dtype))
+
+
+@pytest.mark.filterwarnings("ignore:this .* model reads images too")
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_text_tower_is_the_text_models_own_network(folders, name, tmp_path):
+    """So that what tests show of the text model, its twin among it, they show of this."""
+    tower = sloth.load(folders[name], device="cpu").add_lora().network
+    text = sloth.load(folders[name], device="cpu").save_base(tmp_path / "text")
+    own = sloth.load(text, device="cpu").add_lora().network
+    assert type(tower) is ARCHITECTURES[TEXTS[name]["model_type"]][1] is type(own)
+    assert tower.model_type == own.model_type == TEXTS[name]["model_type"]
+    assert tower.config == own.config and tower.specs == own.specs
+    tensors = dict(own.named_parameters())
+    assert tensors.keys() == {parameter for parameter, _ in tower.named_parameters()}
+    for parameter, tensor in tower.named_parameters():
+        assert "lora" in parameter or torch.equal(tensor, tensors[parameter])
 
 
 @pytest.mark.filterwarnings("ignore:this .* model reads images too")

@@ -25,7 +25,9 @@ LENGTH = 40
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
 KEEPS = {**POLICIES, "tiled": replace(POLICIES["P2"], tile_tokens=32)}
 SOME = ["v_proj", "gate_proj"]
-NONE = ["embed_tokens"]  # of the projections: its gradient passes through layers that have no adapter
+NONE = [
+    "embed_tokens"
+]  # of the projections: its gradient passes through layers that have no adapter
 
 
 @pytest.fixture(scope="module")

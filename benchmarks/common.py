@@ -95,10 +95,12 @@ def measure(
     itself, for the table.
     """
     shape = ModelShape.from_folder(args.folder)
+    # DoRA's lengths are vectors beside LoRA's factors; the latter are what programs compare by.
+    factors = [p for p in trainable if p.dim() == 2]
+    num_lengths = sum(p.numel() for p in trainable if p.dim() == 1)
     num_parameters = sum(p.numel() for p in trainable)
-    assert num_parameters == shape.lora_parameters(args.rank), (
-        f"{num_parameters} trained parameters, {shape.lora_parameters(args.rank)} expected"
-    )
+    expected = shape.lora_parameters(args.rank) + (shape.dora_lengths if num_lengths else 0)
+    assert num_parameters == expected, f"{num_parameters} trained parameters, {expected} expected"
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=True)
     batches = [batch.to(DEVICE) for batch in batches_of(args, shape.vocabulary)]
     following = cycle(batches)
@@ -113,7 +115,8 @@ def measure(
     clock = Clock()
     first_loss = step().item()
     first_step_s = clock.seconds()
-    norm = _gradient_norm(trainable)
+    norm = _gradient_norm(factors)
+    assert _gradient_norm(trainable) >= norm
     assert math.isfinite(first_loss), f"the first loss is {first_loss}"
     assert math.isfinite(norm) and norm > 0, f"the norm of the first gradient is {norm}"
     if args.steps:

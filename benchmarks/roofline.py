@@ -105,6 +105,11 @@ class ModelShape:
         """Trained parameters with LoRA on all seven projections."""
         return self.num_layers * rank * sum(sum(sizes) for sizes in self.linears.values())
 
+    @property
+    def dora_lengths(self) -> int:
+        """What DoRA trains beside them: a length for every row of every projection."""
+        return self.num_layers * sum(out for out, _ in self.linears.values())
+
 
 def visible_keys(length: int, window: int | None) -> float:
     """Keys that the average token of a causal document of `length` tokens sees.

@@ -6,9 +6,9 @@
 
 Every program runs in a process of its own, one at a time. A shape is BATCHxLENGTH; a trailing p
 packs its rows with short documents (1x8192p). `--sloth` takes several settings of sloth to measure
-side by side: sloth, sloth:LEVEL, sloth@GIB (the process is capped at that many GiB), and sloth-fp8
-(frozen products in 8 bits, whose losses may differ by more). With `--rounds 2` the programs run a
-second time in the opposite order and a row is the median round.
+side by side: sloth, sloth:LEVEL, sloth@GIB (the process is capped at that many GiB), sloth-fp8
+(frozen products in 8 bits, whose losses may differ by more) and sloth-dora. With `--rounds 2` the
+programs run a second time in the opposite order and a row is the median round.
 
 Random checkpoints are made once in --checkpoints. Results are written after every process, so a
 run that is cut short keeps what it has. A table whose losses or gradients disagree shows no speeds,
@@ -76,10 +76,10 @@ def program(who: str) -> list[str]:
     if who in PEERS:
         module, variant = PEERS[who]
         return [module, "--variant", variant]
-    found = re.fullmatch(r"sloth(?:-(fp8)|:(?!fp8)(\w+))?(?:@([\d.]+))?", who)
+    found = re.fullmatch(r"sloth(?:-(fp8|dora)|:(?!fp8|dora)(\w+))?(?:@([\d.]+))?", who)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"{who!r} is neither sloth[:LEVEL][@GIB], sloth-fp8[@GIB] nor one of "
+            f"{who!r} is neither sloth[:LEVEL][@GIB], sloth-fp8[@GIB], sloth-dora[@GIB] nor one of "
             + ", ".join(PEERS)
         )
     variant, cap_gib = found[1] or found[2], found[3]

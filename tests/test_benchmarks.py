@@ -309,11 +309,12 @@ def test_shapes_and_contenders_are_parsed() -> None:
     assert run.parse_shape("1x8192p") == (1, 8192, True)
     assert run.program("sloth:ops@8.05")[1:] == ["--variant", "ops", "--memory-gib", "8.05"]
     assert run.program("sloth-fp8@30")[1:] == ["--variant", "fp8", "--memory-gib", "30"]
+    assert run.program("sloth-dora")[1:] == ["--variant", "dora"]
     assert run.program("unsloth-best") == ["benchmarks.peers.unsloth_step", "--variant", "best"]
     for text in ("2048", "4x", "4x2048q"):
         with pytest.raises(argparse.ArgumentTypeError):
             run.parse_shape(text)
-    for who in ("axolotl", "sloth:fp8", "sloth-ops"):
+    for who in ("axolotl", "sloth:fp8", "sloth:dora", "sloth-ops"):
         with pytest.raises(argparse.ArgumentTypeError, match="neither sloth"):
             run.program(who)
 

@@ -2,7 +2,8 @@
 
 --variant checkpoint turns gradient checkpointing on, which is what most people run. Packed rows go
 in with positions that restart and no attention mask; transformers then builds the block-diagonal
-mask itself (its padding-free form without flash-attn).
+mask itself (its padding-free form without flash-attn). Attention is torch's own where transformers
+allows it for the model, else eager (Gemma 2, for its softcap), and then the row says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import ALPHA, DEVICE, TARGETS, Clock, arguments, measure
 from benchmarks.data import Batch
@@ -23,12 +24,14 @@ VARIANTS = ("plain", "checkpoint")
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Load with transformers, attach LoRA with PEFT, measure."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(args.folder))]
+    attention = "sdpa" if kind._supports_sdpa else "eager"
     clock = Clock()
     model: Any = AutoModelForCausalLM.from_pretrained(
         args.folder,
         dtype=torch.bfloat16,
         device_map={"": DEVICE.index or 0} if DEVICE.type == "cuda" else "cpu",
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     if args.variant == "checkpoint":
         # Without re-entrance the frozen embedding's output needs no gradient of its own.
@@ -55,7 +58,8 @@ def run(name: str, args: argparse.Namespace) -> None:
             ).loss
         return loss
 
-    measure(name, args, loss_of, trainable, load_s)
+    setting = "" if attention == "sdpa" else f"attention {attention}: transformers has no other"
+    measure(name, args, loss_of, trainable, load_s, setting)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One LoRA step of sloth: the public loss, ordinary autograd, a stock optimizer.
 
---variant is a kernel level (auto, fused, ops, reference), or fp8: base_compute="fp8". --memory-gib
-caps what the process may allocate, and is handed to the planner, which then decides what the
-backward keeps; without it the planner takes what is free. A folder with config.json alone stands
-for random weights made on the device.
+--variant is a kernel level (auto, fused, ops, reference), fp8: base_compute="fp8", or dora: the
+adapter scales rows to trained lengths as well. --memory-gib caps what the process may allocate, and
+is handed to the planner, which then decides what the backward keeps; without it the planner takes
+what is free. A folder with config.json alone stands for random weights made on the device.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from tools.random_checkpoint import random_model
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", ("auto", "fused", "ops", "reference", "fp8"))
+    args = arguments(__doc__ or "", ("auto", "fused", "ops", "reference", "fp8", "dora"))
     clock = Clock()
-    # Named only if asked for: the suite also measures revisions that do not have it.
-    how = {"base_compute": "fp8"} if args.variant == "fp8" else {"level": args.variant}
     if list(args.folder.glob("*.safetensors")):
+        special: dict[str, dict[str, Any]] = {"fp8": {"base_compute": "fp8"}, "dora": {}}
+        how = special.get(args.variant, {"level": args.variant})
         model: Any = sloth.load(args.folder, dtype=torch.bfloat16, **how)
     else:
         model = random_model(args.folder, DEVICE.type)
-    model.add_lora(sloth.LoraConfig(r=args.rank, alpha=ALPHA))
+    use_dora = args.variant == "dora"
+    model.add_lora(sloth.LoraConfig(r=args.rank, alpha=ALPHA, use_dora=use_dora))
     setting = f"level {model.level}"
     # Asked for, not assumed: the suite also measures revisions that have no planner yet.
     plan = getattr(model, "plan", None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,27 @@ def llama_cpp(path: Path, tokens: list[int], texts: list[str], adapter: Path | N
 
     Skips the test without llama-cpp-python, which is compiled on installation.
     """
+    with _llama_cpp_model(path, adapter) as model:
+        model.eval(tokens)
+        ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
+        return torch.tensor(model.scores[: len(tokens)]).float(), ids
+
+
+def llama_cpp_greedy(path: Path, tokens: list[int], num_new: int) -> list[int]:
+    """The likeliest continuation by llama.cpp itself, past any end, from its cache.
+
+    Skips the test without llama-cpp-python.
+    """
+    found: list[int] = []
+    with _llama_cpp_model(path) as model:
+        for _ in range(num_new):
+            model.eval(found[-1:] or tokens)
+            found.append(int(model.scores[model.n_tokens - 1].argmax()))
+    return found
+
+
+@contextmanager
+def _llama_cpp_model(path: Path, adapter: Path | None = None) -> Iterator[Any]:
     binding = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     model = binding.Llama(
         str(path),
@@ -134,9 +156,7 @@ def llama_cpp(path: Path, tokens: list[int], texts: list[str], adapter: Path | N
         lora_path=None if adapter is None else str(adapter),
     )
     try:
-        model.eval(tokens)
-        ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
-        return torch.tensor(model.scores[: len(tokens)]).float(), ids
+        yield model
     finally:
         model.close()
 

@@ -1,4 +1,4 @@
-"""Written files in llama.cpp itself: logits, adapters and token ids. Needs llama-cpp-python."""
+"""Written files in llama.cpp itself: logits, text, adapters, token ids. Needs llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor
 import sloth
 from sloth.formats.gguf_tokenizer import PRE_TOKENIZERS, rebuild_tokenizer
 from sloth.formats.gguf_vocabulary import PROBE_TEXTS
+from sloth.infer.generate import generate_tokens
 from tests.formats.test_gguf_tokenizer import byte_level_metadata, sentencepiece_metadata
-from tests.oracles import llama_cpp, save_tiny
+from tests.oracles import llama_cpp, llama_cpp_greedy, save_tiny
 from tests.test_lora import randomised
 from tests.text.test_tokenizer import TEXTS, byte_level_folder, sentencepiece_model
 from tests.tiny_configs import GGUF_TYPES, LLAMA_VARIANTS
 from tests.tolerance import LLAMA_CPP_LOGITS
 
 TOKENS = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+NUM_NEW = 32
 DECOMPOSED = "e\u0301"  # llama.cpp composes no characters, as Qwen's tokenizer does first
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in GGUF_TYPES}
@@ -61,6 +63,18 @@ def test_llama_cpp_computes_what_sloth_does(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert error(adapted, model.logits(TOKENS)[0]) < LLAMA_CPP_LOGITS
     assert error(adapted, got) > 10 * LLAMA_CPP_LOGITS, "the adapter changed nothing"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_continues_with_the_same_32_tokens(case: str, tmp_path: Path) -> None:
+    model_type, settings = CASES[case]
+    folder = save_tiny(model_type, tmp_path / "base", **{"vocab_size": 384, **settings})
+    byte_level_folder(folder)
+    path = sloth.load(folder, device="cpu").save_gguf(tmp_path / "out" / "model.gguf", "f16")
+    network = sloth.load(path, device="cpu", level="reference").network
+    prompt = TOKENS[0].tolist()
+    ours = [step[0] for step in generate_tokens(network, [prompt], NUM_NEW)]
+    assert ours == llama_cpp_greedy(path, prompt, NUM_NEW)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", *PRE_TOKENIZERS])

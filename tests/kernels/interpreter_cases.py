@@ -4,10 +4,11 @@
 cases run in a process of their own: test_triton_interpreter.py starts
 `python -m tests.kernels.interpreter_cases` once and reports every case as one test.
 
-ADD A CASE: write `def my_op(dtype: torch.dtype) -> None` here, decorate it with `@case`, and build
-inputs small (the interpreter runs one program at a time in numpy: thousands of elements, tens of
-programs). It runs in fp32 and in fp16; the interpreter's bf16 is wrong, so that is a GPU test.
-`compare(op, inputs)` is enough for most; otherwise raise AssertionError.
+ADD A CASE: here, or in a file that is imported for it, write `def my_op(dtype: torch.dtype) ->
+None`, decorate it with `@case`, and build inputs small (the interpreter runs one program at a time
+in numpy: thousands of elements, tens of programs). It runs in fp32 and in fp16; the interpreter's
+bf16 is wrong, so that is a GPU test. `compare(op, inputs)` is enough for most; otherwise raise
+AssertionError.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -33,60 +33,25 @@ from sloth.kernels.ops.decode_attention import decode_attention
 from sloth.kernels.ops.dora import column_dots
 from sloth.kernels.ops.fp8_cast import FP8, fp8_cast
 from sloth.kernels.ops.glu import glu
-from sloth.kernels.ops.glu_lora import Ranks
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
 from sloth.kernels.ops.linear_log_probs import linear_log_probs
 from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
-from sloth.kernels.ops.post_norm import post_norm_fwd
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope
-from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_fwd, rms_norm_reference
+from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from sloth.kernels.ops.rope import rope
-from sloth.kernels.ops.thin_products import norm_sum, sums_norms
 from sloth.quant.nf4 import quantize_nf4
 from tests import tolerance
+from tests.kernels import interpreter_lora as interpreter_lora  # registers its cases
 from tests.kernels.common import (
-    Op,
     assert_kernel_accuracy,
     assert_no_worse_than_eager,
     assert_roundings_agree,
     inner_strided,
     nan_poisoned_empty,
     non_contiguous,
-    outputs_and_gradients,
     randn,
 )
-from tests.kernels.test_thin_products import (
-    glu_inputs,
-    glu_sums,
-    low_of,
-    norms,
-    padded_ranks,
-    wide,
-)
-
-Case = Callable[[torch.dtype], None]
-CASES: dict[str, Case] = {}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-def case(function: Case) -> Case:
-    """Register a case under its function's name."""
-    CASES[function.__name__] = function
-    return function
-
-
-def compare(op: Op, inputs: Sequence[Tensor], needs: Sequence[bool] | None = None) -> None:
-    """Outputs and gradients of the two engines agree, each element written."""
-    with forced_engine("triton"), nan_poisoned_empty():
-        actual = outputs_and_gradients(op, inputs, needs)
-    with forced_engine("torch"):
-        expected = outputs_and_gradients(op, inputs, needs)
-    for ours, theirs in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
-        if theirs is None:
-            assert ours is None
-            continue
-        assert ours is not None and ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, **tolerance.same_maths(theirs.dtype))
+from tests.kernels.interpreter import CASES, DTYPES, case, compare
 
 
 @case
@@ -169,56 +134,6 @@ def glu_both_activations(dtype: torch.dtype) -> None:
         compare(op, [stacked[:, :63], stacked[:, 63:]])
         compare(op, [inner_strided(gate), up], needs=[False, True])
         compare(op, [10 * wide, wide])
-
-
-@case
-def glu_sums_of_several_parts_and_odd_ranks(dtype: torch.dtype) -> None:
-    for rows, ffn, ranks in ((5, 70, Ranks(3, 2, 16)), (1030, 33, Ranks(17, 16, 0))):
-        for activation in ("silu", "gelu_tanh"):
-            inputs = glu_inputs(rows, ffn, ranks, dtype)
-            with forced_engine("triton"):
-                actual = glu_sums(inputs, activation, ranks)
-            with forced_engine("torch"):
-                expected = glu_sums(inputs, activation, ranks)
-            for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-                allowed = tolerance.FP16_COLUMN_SUMS if index > 1 else tolerance.same_maths(dtype)
-                torch.testing.assert_close(ours, theirs, **allowed)
-
-
-@case
-def copies_and_norms_bring_their_thin_products(dtype: torch.dtype) -> None:
-    half = torch.float16  # of fp32 the products stay apart
-    for rows, cols, ranks in ((5, 70, 3), (37, 300, 17), (520, 20, 16)):
-        x, weight = wide(rows, cols, 6, 0, half, "cpu"), randn(cols, seed=1, dtype=half)
-        for offset in (0.0, 1.0):
-            v = padded_ranks(rows, ranks, 2, half, "cpu")
-            n, rstd = rms_norm_fwd(x, weight, 1e-5, offset)
-            with forced_engine("triton"), nan_poisoned_empty():
-                assert sums_norms(x, ranks)
-                dA = norm_sum(x, weight, rstd, offset, v, ranks)[:ranks]
-            expected = v[:, :ranks].float().T @ n.float()
-            torch.testing.assert_close(dA, expected, **tolerance.FP32_COLUMN_SUMS)
-        with forced_engine("triton"):
-            low, copy, A = low_of(x, ranks)
-        assert torch.equal(copy, x) and (low[:, ranks:] == 0).all()
-        torch.testing.assert_close(low, x @ A.T, **tolerance.same_maths(half))
-
-
-@case
-def norms_behind_a_branch(dtype: torch.dtype) -> None:
-    for rows, cols in ((5, 63), (1, 1), (3, 130)):
-        branch, residual = (wide(rows, cols, 4 * i, i, dtype, "cpu") for i in (1, 2))
-        for offset in (0.0, 1.0):
-            results = []
-            for engine in ("triton", "torch"):
-                first, second = norms(cols, dtype, "cpu", offset)
-                room = wide(rows, cols, 5, 3, dtype, "cpu")
-                with forced_engine(engine), nan_poisoned_empty():
-                    both = post_norm_fwd(branch, residual, first, second, room)
-                    alone = post_norm_fwd(branch, residual, first)
-                results.append((*both, room, *alone[:2]))
-            for ours, theirs in zip(*results, strict=True):
-                torch.testing.assert_close(ours, theirs, **tolerance.same_maths(ours.dtype))
 
 
 @case

@@ -1,0 +1,72 @@
+"""Cases of the interpreter: LoRA's thin products inside other kernels, norms behind a branch."""
+
+from __future__ import annotations
+
+import torch
+
+from sloth.kernels.engine import forced_engine
+from sloth.kernels.ops.glu_lora import Ranks
+from sloth.kernels.ops.post_norm import post_norm_fwd
+from sloth.kernels.ops.rms_norm import rms_norm_fwd
+from sloth.kernels.ops.thin_products import norm_sum, sums_norms
+from tests import tolerance
+from tests.kernels.common import nan_poisoned_empty, randn
+from tests.kernels.interpreter import case
+from tests.kernels.test_thin_products import (
+    glu_inputs,
+    glu_sums,
+    low_of,
+    norms,
+    padded_ranks,
+    wide,
+)
+
+
+@case
+def glu_sums_of_several_parts_and_odd_ranks(dtype: torch.dtype) -> None:
+    for rows, ffn, ranks in ((5, 70, Ranks(3, 2, 16)), (1030, 33, Ranks(17, 16, 0))):
+        for activation in ("silu", "gelu_tanh"):
+            inputs = glu_inputs(rows, ffn, ranks, dtype)
+            with forced_engine("triton"):
+                actual = glu_sums(inputs, activation, ranks)
+            with forced_engine("torch"):
+                expected = glu_sums(inputs, activation, ranks)
+            for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+                allowed = tolerance.FP16_COLUMN_SUMS if index > 1 else tolerance.same_maths(dtype)
+                torch.testing.assert_close(ours, theirs, **allowed)
+
+
+@case
+def copies_and_norms_bring_their_thin_products(dtype: torch.dtype) -> None:
+    half = torch.float16  # of fp32 the products stay apart
+    for rows, cols, ranks in ((5, 70, 3), (37, 300, 17), (520, 20, 16)):
+        x, weight = wide(rows, cols, 6, 0, half, "cpu"), randn(cols, seed=1, dtype=half)
+        for offset in (0.0, 1.0):
+            v = padded_ranks(rows, ranks, 2, half, "cpu")
+            n, rstd = rms_norm_fwd(x, weight, 1e-5, offset)
+            with forced_engine("triton"), nan_poisoned_empty():
+                assert sums_norms(x, ranks)
+                dA = norm_sum(x, weight, rstd, offset, v, ranks)[:ranks]
+            expected = v[:, :ranks].float().T @ n.float()
+            torch.testing.assert_close(dA, expected, **tolerance.FP32_COLUMN_SUMS)
+        with forced_engine("triton"):
+            low, copy, A = low_of(x, ranks)
+        assert torch.equal(copy, x) and (low[:, ranks:] == 0).all()
+        torch.testing.assert_close(low, x @ A.T, **tolerance.same_maths(half))
+
+
+@case
+def norms_behind_a_branch(dtype: torch.dtype) -> None:
+    for rows, cols in ((5, 63), (1, 1), (3, 130)):
+        branch, residual = (wide(rows, cols, 4 * i, i, dtype, "cpu") for i in (1, 2))
+        for offset in (0.0, 1.0):
+            results = []
+            for engine in ("triton", "torch"):
+                first, second = norms(cols, dtype, "cpu", offset)
+                room = wide(rows, cols, 5, 3, dtype, "cpu")
+                with forced_engine(engine), nan_poisoned_empty():
+                    both = post_norm_fwd(branch, residual, first, second, room)
+                    alone = post_norm_fwd(branch, residual, first)
+                results.append((*both, room, *alone[:2]))
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, **tolerance.same_maths(ours.dtype))

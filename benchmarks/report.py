@@ -24,6 +24,13 @@ APPROXIMATE, APPROXIMATE_SHARE = "sloth-fp8", 0.005
 GRADIENT_RATIO = 1.5
 CASE_KEYS = ("model", "dtype", "rank", "batch", "length", "packed")
 KERNEL_KEYS = ("model", "op", "num_tokens", "case")
+STARTUP_KEYS = ("model", "source", "kernels", "batch", "length")
+# Kinds of rows: what tells two of one kind apart, and the figure whose median counts.
+KINDS = {
+    "train": (CASE_KEYS, "ms"),
+    "startup": (STARTUP_KEYS, "load_s"),
+    "kernels": (KERNEL_KEYS, "us"),
+}
 
 
 class DifferentGPUs(ValueError):
@@ -89,13 +96,14 @@ def merge(parts: Sequence[Results]) -> Results:
     names = {part["gpu"] for part in parts}
     if len(names) != 1:
         raise DifferentGPUs(f"results of different GPUs cannot be joined: {sorted(names)}")
-    rows = {kind: [row for part in parts for row in part[kind]] for kind in ("train", "kernels")}
-    return {
+    merged: Results = {
         "gpu": parts[0]["gpu"],
         "runs": [run for part in parts for run in part["runs"]],
-        "train": median_rows(rows["train"], CASE_KEYS, "ms"),
-        "kernels": median_rows(rows["kernels"], KERNEL_KEYS, "us"),
     }
+    for kind, (keys, figure) in KINDS.items():
+        rows = [row for part in parts for row in part.get(kind, [])]
+        merged[kind] = median_rows(rows, keys, figure)
+    return merged
 
 
 def slug(gpu: str) -> str:
@@ -124,6 +132,13 @@ def render(results: Results) -> str:
             "tensors lie in memory that is only reserved, and that column is the one to compare.\n"
         )
         parts += [_render_case(rows) for rows in grouped(results["train"], case_of).values()]
+    if results.get("startup"):
+        parts.append("## Start-up\n")
+        parts.append(
+            "From `sloth.load` to the model on the device, in NF4, and the first step after it. "
+            "Kernels: compiled before (warm), or all by this process (cold).\n"
+        )
+        parts.append(_render_startup(results["startup"]))
     if results["kernels"]:
         parts.append("## Kernels\n")
         parts.append(
@@ -181,6 +196,19 @@ def _render_case(rows: list[Row]) -> str:
         )
     settings = [f"- {row['who']}: {row['setting']}\n" for row in rows if row.get("setting")]
     return text + table(header, lines) + "\n" + "".join(settings)
+
+
+def _render_startup(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        what = [row["model"], f"{row['batch']}x{row['length']}", row["source"], row["kernels"]]
+        if "failed" in row:
+            lines.append([*what, f"failed: {_cell(row['failed'])}", "", ""])
+            continue
+        figures = (row[f"{name}_s"] for name in ("load", "first_step", "second_step"))
+        lines.append([*what, *(f"{seconds:.1f}" for seconds in figures)])
+    header = ("", "shape", "files", "kernels", "load s", "first step s", "second step s")
+    return table(header, lines)
 
 
 def _render_op(op: str, model: str, rows: list[Row]) -> str:

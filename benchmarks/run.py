@@ -25,7 +25,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ PEERS = {
     "unsloth": ("benchmarks.peers.unsloth_step", "default"),
     "unsloth-best": ("benchmarks.peers.unsloth_step", "best"),
 }
+
+
+# Files that are loaded, and whether kernels were compiled before: in this order.
+STARTUPS = (("nf4", "cold"), ("nf4", "warm"), ("bf16", "warm"))
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,18 @@ class Processes:
     def __init__(self, peer_site: Path | None, timeout_s: float) -> None:
         self.peer_site, self.timeout_s = peer_site, timeout_s
 
-    def run(self, command: list[str], is_peer: bool) -> tuple[list[Row], str | None]:
-        """(result lines, None or why the process failed: the last line it wrote)."""
+    def run(
+        self, command: list[str], is_peer: bool, variables: Mapping[str, str] = _NOTHING
+    ) -> tuple[list[Row], str | None]:
+        """(result lines, None or why the process failed: the last line it wrote).
+
+        variables: set in its environment beside the path.
+        """
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         if is_peer and self.peer_site is not None:
             paths.insert(0, str(self.peer_site.resolve()))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {**os.environ, **path, **variables}
         try:
             done = subprocess.run(
                 [sys.executable, "-m", *command],
@@ -162,6 +174,21 @@ def train_rows(
                 yield row
 
 
+def startup_rows(args: argparse.Namespace, processes: Processes) -> Iterator[Row]:
+    """Loading and the first step: from both kinds of files, kernels compiled and to compile."""
+    for model, (batch, length, _) in itertools.product(args.models, args.shapes):
+        with tempfile.TemporaryDirectory() as cache:
+            for source, kernels in STARTUPS:
+                folder = checkpoint(processes, args.checkpoints, model, source)
+                options = ["--quant", "nf4"] * (source == "bf16")
+                options += ["--batch", str(batch), "--length", str(length)]
+                command = ["benchmarks.train.startup", str(folder), *options]
+                results, why = processes.run(command, False, {"TRITON_CACHE_DIR": cache})
+                row: Row = {"who": "sloth", "model": model, "source": source, "kernels": kernels}
+                row |= {"batch": batch, "length": length, "dtype": source}
+                yield row | ({"failed": why} if why is not None else results[-1])
+
+
 def kernel_rows(
     args: argparse.Namespace, processes: Processes, ceilings: dict[str, float]
 ) -> Iterator[Row]:
@@ -221,11 +248,13 @@ def measured(args: argparse.Namespace) -> Results:
         "versions": limits["versions"],
     }
     print(f"{limits['gpu']}: {limits['ceilings']}", flush=True)
-    rows: dict[str, list[Row]] = {"train": [], "kernels": []}
+    rows: dict[str, list[Row]] = {kind: [] for kind in report.KINDS}
     work: list[tuple[str, Iterator[Row]]] = []
     if args.cases in ("train", "all"):
         product = limits["ceilings"]["product_tflops"]
         work.append(("train", train_rows(args, processes, product)))
+    if args.cases in ("startup", "all"):
+        work.append(("startup", startup_rows(args, processes)))
     if args.cases in ("kernels", "all"):
         work.append(("kernels", kernel_rows(args, processes, limits["ceilings"])))
     results = report.merge([{"gpu": limits["gpu"], "runs": [run], **rows}])
@@ -254,7 +283,7 @@ def options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cases", choices=("train", "kernels", "all"), default="all")
+    add("--cases", choices=(*report.KINDS, "all"), default="all")
     add("--models", default="llama-3.1-8b", help="shapes of tools/shapes.py, by commas")
     add("--shapes", default="4x2048,1x8192", help="by commas; 1x8192p is packed")
     add("--dtypes", default="nf4", help="of the base: nf4, bf16, by commas")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import run
-from benchmarks.report import disagreement
+from benchmarks.report import disagreement, merge, render
 from tests.oracles import save_tiny
 
 STEP = ["--dtype", "bf16", "--batch", "1", "--length", "24", "--steps", "1", "--rank", "4"]
@@ -32,3 +32,23 @@ def test_transformers_attention_is_eager_where_it_allows_no_other(tmp_path: Path
     found, why = run.Processes(None, 300).run([module, folder, *options, *STEP], is_peer=True)
     assert why is None, why
     assert "attention eager" in found[-1]["setting"]
+
+
+def test_a_start_is_measured_from_both_kinds_of_files(tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "base", num_hidden_layers=1))
+    shape = ["--quant", "nf4", "--batch", "1", "--length", "24"]
+    command = ["benchmarks.train.startup", folder, *shape]
+    found, why = run.Processes(None, 300).run(command, is_peer=False)
+    assert why is None, why
+    row = {"who": "sloth", "model": "tiny", "source": "bf16", "kernels": "cold", **found[-1]}
+    assert row["load_s"] > 0 and row["first_step_s"] > 0
+    again = row | {"load_s": row["load_s"] + 1, "kernels": "warm"}
+    failed = {"who": "sloth", "model": "tiny", "source": "nf4", "kernels": "cold", "failed": "a|b"}
+    parts = [
+        {"gpu": "H100", "runs": [], "train": [], "kernels": [], "startup": [one]}
+        for one in (row, again, failed | {"batch": 1, "length": 24})
+    ]
+    results = merge([*parts, {"gpu": "H100", "runs": [], "train": [], "kernels": []}])
+    text = render(results)
+    assert "## Start-up" in text and "failed: a/b" in text
+    assert f"| tiny | 1x24 | bf16 | cold | {row['load_s']:.1f} |" in text

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -40,9 +41,49 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 _forced: Engine | None = None
 
 
+# (kernel, positional arguments, keyword arguments) of a launch that is not to happen.
+Held = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_held: Held | None = None
+# What varies from batch to batch and changes no code: no kernel is compiled anew for it.
+_VARYING = ("num_rows", "num_tokens")
+
+
 def jit(function: Any) -> Any:
-    """`triton.jit`, or the plain function where Triton is not installed."""
-    return triton.jit(function) if HAS_TRITON else function
+    """`triton.jit`, or the plain function where Triton is not installed.
+
+    Launches of a function whose name ends in `_kernel` can be held back (`launches_held`).
+    """
+    if not HAS_TRITON:
+        return function
+    varying = [name for name in inspect.signature(function).parameters if name in _VARYING]
+    if INTERPRET or not function.__name__.endswith("_kernel"):
+        return triton.jit(function)
+    return _Kernel(function, do_not_specialize=varying)
+
+
+if HAS_TRITON:
+
+    class _Kernel(triton.JITFunction):
+        """A kernel, launched as ever, unless launches are held."""
+
+        def __getitem__(self, grid: Any) -> Callable[..., object]:
+            def launch(*args: Any, **keywords: Any) -> object:
+                if _held is not None:
+                    return _held(self, args, keywords)
+                return self.run(*args, grid=grid, warmup=False, **keywords)
+
+            return launch
+
+
+@contextmanager
+def launches_held(held: Held) -> Iterator[None]:
+    """Inside, no kernel of ours is launched, in any thread: `held` is told of it instead."""
+    global _held
+    before, _held = _held, held
+    try:
+        yield
+    finally:
+        _held = before
 
 
 def engine_for(x: Tensor) -> Engine:

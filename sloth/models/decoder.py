@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sloth.embedding import Embedding, TokenRows
+from sloth.kernels.ahead import compile_ahead
 from sloth.kernels.context import BlockContext, Keep
-from sloth.kernels.dispatch import Level, ops_of, twin_of
+from sloth.kernels.dispatch import Level, ops_of, twin_of, wiring_of
+from sloth.kernels.engine import engine_for
 from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
@@ -317,11 +319,17 @@ def run_fused(model_type: str, workspace: Workspace) -> RunBlock:
 
     Decoding keeps its cache in the plain block: one token a step has nothing to fuse for.
     """
-    twin = twin_of(model_type)
+    twin, wiring = twin_of(model_type), wiring_of(model_type)
+    is_compiled = False
 
     def run(block: nn.Module, hidden: Tensor, context: BlockContext) -> Tensor:
+        nonlocal is_compiled
         if context.cache is not None:
             return block(hidden, context)
+        ours = hidden.is_cuda and engine_for(hidden) == "triton"
+        if ours and not is_compiled and torch.is_grad_enabled():
+            is_compiled = True
+            compile_ahead(twin, block, hidden, context, workspace, wiring)
         return twin(block, hidden, context, workspace)
 
     return run

@@ -37,8 +37,8 @@ from sloth.train.step_memory import FRAGMENTATION, StepMemory
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
 # Bytes/s to and from pinned memory, and the share of a copy's time that layers beside it lose.
 _HOST_RATE, _UNHIDDEN = 55e9, 0.08
-# What the host needs to launch a layer's two passes (2 to 4.5 ms measured).
-_HOST_SECONDS = 4e-3
+# What the host needs to launch a layer's two passes: 2 to 5.6 ms measured, by machine.
+_HOST_SECONDS = 5.5e-3
 # What a recording reserves beyond its tensors (up to 0.09 seen): its memory is a pool of its own.
 _RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.

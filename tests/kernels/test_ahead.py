@@ -1,0 +1,109 @@
+"""Kernels compiled ahead: each once, all that a layer launches, and nothing else changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sloth
+from sloth.kernels.ahead import CompilingAhead, compile_ahead
+from sloth.kernels.context import BlockContext
+from sloth.kernels.dispatch import twin_of, wiring_of
+from sloth.kernels.engine import launches_held
+from tests.models.families import FAMILIES
+from tests.oracles import save_tiny
+from tests.test_lora import randomised
+
+triton = pytest.importorskip("triton")
+
+
+class Kernel:
+    """What is compiled, for what types."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.fails = fails
+
+    def warmup(self, *types: Any, grid: tuple[int, ...], **keywords: Any) -> None:
+        if self.fails:
+            raise RuntimeError("no such instruction")
+        self.compiled.append((*types, keywords))
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> CompilingAhead:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    return CompilingAhead(torch.device("cpu"))
+
+
+def test_each_kernel_is_compiled_once_for_its_types(ahead):
+    first, second = Kernel(), Kernel()
+    x, y = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
+    for size in (32, 48):  # alike: multiples of 16
+        ahead(first, (x, size), {"BLOCK": 64})
+    ahead(first, (x, 31), {"BLOCK": 64})
+    ahead(first, (x, 32), {"BLOCK": 128})
+    ahead(first, (y, 32), {"BLOCK": 64})
+    ahead(second, (x, 1), {})
+    assert ahead.wait() == 5
+    assert len(first.compiled) == 4 and second.compiled == [(torch.float32, 1, {})]
+
+
+def test_an_unaligned_tensor_is_left_for_its_launch(ahead):
+    kernel = Kernel()
+    ahead(kernel, (torch.zeros(65)[1:],), {})
+    assert ahead.wait() == 0 and kernel.compiled == []
+
+
+def test_a_failed_compilation_is_raised(ahead):
+    ahead(Kernel(fails=True), (torch.zeros(16),), {})
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        ahead.wait()
+
+
+def num_compiled() -> int:
+    import tests.kernels.test_triton_compile as convention
+
+    kernels = [
+        k for module in convention.op_modules() for k in convention.kernels_of(module).values()
+    ]
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_after_it_compiles_nothing(family: str, quant: str | None, tmp_path: Path) -> None:
+    model = sloth.load(save_tiny(family, tmp_path / "base"), quant=quant, dtype="bfloat16")
+    randomised(model.add_lora(r=8))
+    network = model.network
+    hidden = torch.randn(2, 64, network.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    contexts: list[BlockContext] = network.contexts(hidden, None, None)
+    blocks, twin = network.model.layers, twin_of(network.model_type)
+    state = torch.cuda.get_rng_state()
+    count = compile_ahead(
+        *(twin, blocks[0], hidden, contexts[0], network.workspace, wiring_of(network.model_type))
+    )
+    assert count > 5 and torch.equal(torch.cuda.get_rng_state(), state)
+    assert all(p.grad is None for p in network.parameters())
+    before = num_compiled()
+    hidden.requires_grad_()
+    twin(blocks[0], hidden, contexts[0], network.workspace).sum().backward()
+    assert num_compiled() == before
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_held_launches_do_not_happen_and_later_ones_do() -> None:
+    from sloth.kernels.ops.glu import glu_fwd
+
+    gate = torch.ones(4, 64, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros_like(gate)
+    with launches_held(lambda kernel, args, keywords: None):
+        glu_fwd(gate, gate, "silu", out)
+    assert (out == 0).all()
+    glu_fwd(gate, gate, "silu", out)
+    assert (out != 0).all()

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from sloth.errors import RankFailed
 
+# Of gradients in one all-reduce: 512 million fp32 numbers, more than any adapter has. The buffer
+# stands beside them, so a full training, which fills its GPU, gives theirs in turns.
+FLAT_BYTES = 2**31
+
 T = TypeVar("T")
 Number = float | Tensor
 
@@ -86,19 +90,28 @@ class Ranks:
         self.agree(guarded)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over ranks. A rank that had no row adds nothing."""
+        """Sum gradients over ranks: one flat all-reduce for each dtype, so one for an adapter, and
+        one for each FLAT_BYTES of a full training. A rank that had no row adds nothing.
+        """
         if self.size == 1:
             return
-        held = list(parameters)
-        present = torch.tensor([p.grad is not None for p in held], dtype=torch.uint8)
-        present = present.to(self.device)
+        for group in _by_dtype(parameters):
+            self._add_flat(group)
+
+    def _add_flat(self, parameters: list[nn.Parameter]) -> None:
+        """The gradients, and for each a 1 where a rank has it, in one buffer."""
+        sizes = [parameter.numel() for parameter in parameters]
+        first, count = parameters[0], len(parameters)
+        flat = torch.zeros(sum(sizes) + count, dtype=first.dtype, device=first.device)
+        *parts, present = flat.split([*sizes, count])
+        for parameter, part in zip(parameters, parts, strict=True):
+            if parameter.grad is not None:
+                part.copy_(parameter.grad.flatten())
+        present.copy_(torch.tensor([parameter.grad is not None for parameter in parameters]))
         with _exchange():
-            dist.all_reduce(present, op=dist.ReduceOp.MAX)
-            for parameter, is_present in zip(held, present.tolist(), strict=True):
-                if is_present:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    dist.all_reduce(parameter.grad)
+            dist.all_reduce(flat)
+        for parameter, part, held in zip(parameters, parts, present.tolist(), strict=True):
+            parameter.grad = part.view_as(parameter) if held else None
 
     def tell(self, text: str) -> str:
         """Rank 0's text, in every rank."""
@@ -135,6 +148,23 @@ class Ranks:
             for name, tensor in gathered.items()
             if (name.endswith(suffix) if suffix else "." not in name)
         }
+
+
+def _by_dtype(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype, FLAT_BYTES at a time; the same groups in every rank."""
+    kinds: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault(parameter.dtype, []).append(parameter)
+    for held in kinds.values():
+        group: list[nn.Parameter] = []
+        num_bytes = 0
+        for parameter in held:
+            num_bytes += parameter.nbytes
+            if group and num_bytes > FLAT_BYTES:
+                yield group
+                group, num_bytes = [], parameter.nbytes
+            group.append(parameter)
+        yield group
 
 
 @contextmanager

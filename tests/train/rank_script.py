@@ -15,9 +15,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sloth.data.dataset import load_data
 from sloth.lora_config import LoraConfig
 from sloth.train import trainer
+from sloth.train.accumulate import Accumulator
 from sloth.train.callbacks import Callback
+from sloth.train.objectives import Supervised
+from sloth.train.optim import trainable
+from sloth.train.ranks import Ranks
 from tests.train.fakes import PAIRS, ROWS, FakeModel
 from tests.train.runs import SETTINGS, DieIn
 
@@ -27,6 +32,9 @@ PREFERENCES = {
     objective: {**NO_DROPOUT, "eval_data": PAIRS[:5], "objective": objective}
     for objective in ("dpo", "orpo")
 }
+
+
+GRADIENTS = {"adapter gradients": LoraConfig(r=4), "full gradients": None}
 
 
 class Mine(Exception):
@@ -74,6 +82,36 @@ def breaking(state):
     return state
 
 
+def gradients(ranks, lora):
+    """What a step of all rows leaves in each parameter, by name, and the exchanges it took."""
+    model = FakeModel()
+    if lora is not None:
+        torch.manual_seed(0)
+        model.add_lora(lora)
+        torch.nn.init.normal_(model.network.q_proj.lora_B.weight)  # of zeros, A had no gradient
+    data = load_data(ROWS, model.tokenizer, 2048)
+    accumulator = Accumulator(
+        ranks=ranks,
+        batch_of=lambda rows: data.batch(rows, 1),
+        objective=Supervised(model),
+        forget=model.network.zero_grad,
+        notice=print,
+        rows_per_pass=2,
+    )
+    accumulator.step(range(len(ROWS)))
+    parameters = trainable(model.network)
+    parameters["of one rank"] = torch.nn.Parameter(torch.zeros(3))
+    if ranks.is_first:
+        parameters["of one rank"].grad = torch.ones(3)
+    parameters["of none"] = torch.nn.Parameter(torch.zeros(2))
+    counted, plain = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, *rest, **more: (counted.append(1), plain(tensor))[1]
+    ranks.add_gradients(parameters.values())
+    dist.all_reduce = plain
+    found = {n: p.grad if p.grad is None else p.grad.tolist() for n, p in parameters.items()}
+    return found, len(counted)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -82,6 +120,9 @@ def main(folder: Path) -> None:
     def tell(name, outcome):
         print(json.dumps([name, outcome]), flush=True)
 
+    ranks = Ranks(torch.device("cpu"), rank, 2)
+    for name, lora in GRADIENTS.items():
+        tell(name, gradients(ranks, lora))
     tell("straight", run(folder / "straight", **NO_DROPOUT))
     for objective, settings in PREFERENCES.items():
         tell(objective, run(folder / objective, rows=PAIRS, **settings))

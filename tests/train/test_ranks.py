@@ -17,7 +17,7 @@ from sloth.train.ranks import Ranks
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.train.fakes import PAIRS, ROWS, FakeModel
-from tests.train.rank_script import PREFERENCES
+from tests.train.rank_script import GRADIENTS, PREFERENCES, gradients
 from tests.train.runs import ROOT, SETTINGS, train
 
 LONGEST_S = 60
@@ -40,27 +40,27 @@ def told(tmp_path_factory):
     }
     command = [sys.executable, "-m", "tests.train.rank_script", str(folder)]
     began = time.monotonic()
+    outputs = [folder / f"rank-{rank}" for rank in range(2)]  # a pipe that nobody reads would block
     processes = [
         subprocess.Popen(
             command,
             env={**environment, "RANK": str(rank)},
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
         )
-        for rank in range(2)
+        for rank, output in enumerate(outputs)
     ]
     try:
-        outputs = [process.communicate(timeout=LONGEST_S) for process in processes]
+        codes = [process.wait(timeout=LONGEST_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    said = [output.read_text() for output in outputs]
+    assert codes == [0, 0], said
     assert time.monotonic() - began < LONGEST_S
     seen = [
-        dict(json.loads(line) for line in out.splitlines() if line.startswith('["'))
-        for out, _ in outputs
+        dict(json.loads(line) for line in out.splitlines() if line.startswith('["')) for out in said
     ]
     return {name: [one[name] for one in seen] for name in seen[0] if name in seen[1]}
 
@@ -76,6 +76,19 @@ def test_two_ranks_give_the_curve_of_one(told, tmp_path):
     torch.testing.assert_close(eval_losses, expected, **tolerance.FP32_SAME_MATHS)
     alone = [p.double().sum().item() for p in model.network.parameters()]
     torch.testing.assert_close(weights, alone, **tolerance.FP32_CHAIN)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_row_1_two_ranks_have_the_gradients_of_one_in_one_exchange(told, name):
+    """Parameter by parameter, to 1e-6; one rank may have a gradient that the other lacks."""
+    expected, num_alone = gradients(Ranks(torch.device("cpu")), GRADIENTS[name])
+    (first, num_exchanges), second = told[name]
+    assert [first, num_exchanges] == second and (num_exchanges, num_alone) == (1, 0)
+    assert first.keys() == expected.keys() and first.pop("of none") is expected.pop("of none")
+    assert first.pop("of one rank") == expected.pop("of one rank") == [1.0] * 3
+    for parameter, gradient in expected.items():
+        assert torch.tensor(gradient).any()
+        torch.testing.assert_close(first[parameter], gradient, **tolerance.ACCUMULATION)
 
 
 @pytest.mark.parametrize("objective", PREFERENCES)

@@ -84,17 +84,31 @@ class Embedding(OpModule):
         return self.lora_embedding_A is not None
 
     @property
+    def lora_factors(self) -> tuple[Tensor, ...]:
+        """A and B, none without an adapter."""
+        if self.lora_embedding_A is None or self.lora_embedding_B is None:
+            return ()
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    @property
     def trained_rows(self) -> TokenRows | None:
         """The trained rows, None without any or while the adapter is switched off."""
         return self.token_adapter if self.lora_enabled else None
 
     def attach_lora(self, rank: int, scale: float) -> None:
-        """fp32 A [rank, V] zero and B [D, rank] normal, as PEFT starts them."""
+        """fp32 A [rank, V] and B [D, rank], zeros until `draw_lora`."""
         vocabulary, dim = self.weight.shape
         device = self.weight.device
         self.lora_embedding_A = nn.Parameter(torch.zeros(rank, vocabulary, device=device))
-        self.lora_embedding_B = nn.Parameter(torch.randn(dim, rank, device=device))
+        self.lora_embedding_B = nn.Parameter(torch.zeros(dim, rank, device=device))
         self.lora_scale = scale
+
+    @torch.no_grad()
+    def draw_lora(self, generator: torch.Generator) -> None:
+        """A zero, B normal, as PEFT starts them."""
+        assert self.lora_embedding_A is not None and self.lora_embedding_B is not None
+        self.lora_embedding_A.zero_()
+        self.lora_embedding_B.normal_(generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = F.embedding(tokens, self.weight)

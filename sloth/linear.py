@@ -89,6 +89,13 @@ class Projection(OpModule):
         """Whether an adapter is attached, switched on or off."""
         return self.lora_A is not None
 
+    @property
+    def lora_factors(self) -> tuple[Tensor, ...]:
+        """A and B, none without an adapter."""
+        if self.lora_A is None or self.lora_B is None:
+            return ()
+        return self.lora_A.weight, self.lora_B.weight
+
     def attach_lora(
         self,
         rank: int,
@@ -97,14 +104,10 @@ class Projection(OpModule):
         device: torch.device,
         use_dora: bool = False,
     ) -> None:
-        """Fill the slot with fp32 A [rank, in] uniform in +-1/sqrt(in) and B [out, rank] zero.
-
-        The initial values are PEFT's (Kaiming uniform with a = sqrt(5)), so B A starts at zero;
-        with use_dora the magnitudes [out] start at the norms of the base's rows.
+        """Fill the slot with fp32 A [rank, in] and B [out, rank], zeros until `draw_lora`; with
+        use_dora the magnitudes [out] start at the norms of the base's rows.
         """
-        bound = 1 / math.sqrt(self.in_features)
-        a = torch.empty(rank, self.in_features, device=device).uniform_(-bound, bound)
-        self.lora_A = LoraFactor(a)
+        self.lora_A = LoraFactor(torch.zeros(rank, self.in_features, device=device))
         self.lora_B = LoraFactor(torch.zeros(self.out_features, rank, device=device))
         self.lora_scale, self.lora_dropout = scale, dropout
         if use_dora:
@@ -112,6 +115,14 @@ class Projection(OpModule):
             if device.type != "meta":
                 lengths = self.squared_norms(torch.float32).sqrt()
             self.lora_magnitude_vector = nn.Parameter(lengths)
+
+    @torch.no_grad()
+    def draw_lora(self, generator: torch.Generator) -> None:
+        """A uniform in +-1/sqrt(in), B zero: PEFT's start (Kaiming uniform with a = sqrt(5))."""
+        assert self.lora_A is not None and self.lora_B is not None
+        bound = 1 / math.sqrt(self.in_features)
+        self.lora_A.weight.uniform_(-bound, bound, generator=generator)
+        self.lora_B.weight.zero_()
 
     def detach_lora(self) -> None:
         """Empty the slot."""

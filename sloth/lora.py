@@ -22,6 +22,7 @@ from sloth.linear import Projection
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
 
+FIRST_SEED = 0  # of an adapter that no run has given its own
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
@@ -46,6 +47,7 @@ def projections(network: nn.Module) -> dict[str, Projection]:
 def attach_lora(network: Decoder, config: LoraConfig, strict: bool = True) -> list[str]:
     """Freeze the network, fill the LoRA slots that `config` names, and return their paths.
 
+    The start values are those of `draw_lora` with FIRST_SEED, whatever was drawn before.
     strict: refuse a listed target that matches nothing although others match; files written by
     other tools may list such names, so reading an adapter passes False.
     Raises NoTargets when nothing matches, AdapterMismatch when an adapter is already attached or
@@ -75,6 +77,7 @@ def attach_lora(network: Decoder, config: LoraConfig, strict: bool = True) -> li
     for name, ids in config.token_rows.items():
         module = network.get_submodule(_vocabulary_path(name))
         module.token_adapter = TokenRows(module.weight, ids)
+    draw_lora(network, FIRST_SEED)
     return targets
 
 
@@ -259,6 +262,42 @@ def frozen_along(network: Decoder, names: Collection[str]) -> dict[str, Tensor]:
         for leaf in (".weight", BASE_LAYER)
         if owner is not None and f"{path}{leaf}" in names
     }
+
+
+def draw_lora(network: nn.Module, seed: int) -> None:
+    """Start values of every low-rank matrix, a pure function of `seed` and the device: torch's own
+    generators are neither read nor moved.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for module in _adapted(network):
+        device = module.lora_factors[0].device
+        if device.type == "meta":
+            continue
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        module.draw_lora(generators[device])
+
+
+def redraw_lora(network: nn.Module, seed: int) -> bool:
+    """`draw_lora` with a run's seed, if the matrices are still those that attaching drew; else, as
+    they were trained, loaded or set by hand, they stay. Whether it drew.
+    """
+    held = [(p, p.detach().clone()) for module in _adapted(network) for p in module.lora_factors]
+    draw_lora(network, FIRST_SEED)
+    is_fresh = all(torch.equal(parameter, before) for parameter, before in held)
+    if is_fresh:
+        draw_lora(network, seed)
+        return True
+    with torch.no_grad():
+        for parameter, before in held:
+            parameter.copy_(before)
+    return False
+
+
+def _adapted(network: nn.Module) -> list[Any]:
+    """Modules with low-rank matrices, in network order."""
+    kinds = Projection | Embedding
+    return [m for m in network.modules() if isinstance(m, kinds) and m.has_lora]
 
 
 def merged_weight(module: Projection) -> Tensor:

@@ -20,7 +20,13 @@ from sloth.errors import AdapterMismatch, KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
 from sloth.kernels.fp8 import BaseCompute, refuse_dora, require_fp8
-from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
+from sloth.lora import (
+    adapter_disabled,
+    attach_lora,
+    has_adapter,
+    is_lora_name,
+    redraw_lora,
+)
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
 from sloth.models.inputs import check_labels, check_positions, check_tokens
@@ -201,10 +207,21 @@ class Model:
     # -- training --------------------------------------------------------------------------------
 
     def add_lora(self, config: LoraConfig | None = None, **overrides: Any) -> Model:
-        """Freeze the base and attach a LoRA adapter. Raises NoTargets, AdapterMismatch."""
+        """Freeze the base and attach a LoRA adapter. Raises NoTargets, AdapterMismatch.
+
+        Its start values do not depend on torch's generators: they are drawn from a fixed seed, and
+        by `train`, which finds them as they were drawn, once more from its own (`seed`). So the
+        same seed gives the same adapter whether it was attached here or by `train(lora=...)`.
+        """
         config = LoraConfig(**{**(config or LoraConfig()).model_dump(), **overrides})
         self._attach(config, strict=True)
         return self
+
+    def redraw_lora(self, seed: int) -> bool:
+        """Draw a LoRA adapter that is as `add_lora` left it anew; one that was trained, loaded or
+        set by hand stays. Whether it drew.
+        """
+        return redraw_lora(self.network, seed)
 
     def add_tokens(
         self, tokens: Sequence[str], init: str = "mean", special: bool = False

@@ -287,3 +287,46 @@ def _our_name(name: str) -> str:
     """Of a parameter of a PEFT model, whose adapter is called default."""
     name = name.removeprefix("base_model.model.").replace(".default", "")
     return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+# -- where an adapter starts -----------------------------------------------------------------------
+
+
+def factors(model: sloth.Model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.network.named_parameters() if "lora_" in n}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_adapter_neither_reads_nor_moves_torchs_generators(folder: Path) -> None:
+    """Row 28: attached twice, whatever was drawn before, it is the same."""
+    targets = {"targets": ["q_proj", "embed_tokens"], "r": 4}
+    first = factors(sloth.load(folder, device="cpu").add_lora(**targets))
+    torch.rand(3)
+    model, state = sloth.load(folder, device="cpu"), torch.get_rng_state()
+    assert same(factors(model.add_lora(**targets)), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    bound = model.config.hidden_size**-0.5
+    drawn = first["model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert bound / 2 < drawn.abs().max() <= bound
+    assert not first["model.layers.0.self_attn.q_proj.lora_B.weight"].any()
+    assert not torch.equal(drawn, first["model.layers.1.self_attn.q_proj.lora_A.weight"])
+
+
+def test_only_an_adapter_that_nobody_has_changed_is_drawn_anew(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = sloth.load(folder, device="cpu").add_lora(r=4)
+    fresh = factors(model)
+    assert model.redraw_lora(5) and not same(factors(model), fresh)
+    other = factors(model)
+    assert not model.redraw_lora(6) and same(factors(model), other), "of seed 5, as a run left it"
+    with torch.no_grad():
+        model.network.get_parameter("model.layers.0.self_attn.q_proj.lora_B.weight")[0, 0] = 1e-3
+    model.save_adapter(tmp_path / "adapter")
+    before = factors(model)
+    loaded = sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    for held in (model, loaded):
+        assert not held.redraw_lora(7) and same(factors(held), before)

@@ -72,12 +72,14 @@ class Trainable(Protocol):
     ) -> Tensor: ...
     def adapter_off(self) -> AbstractContextManager[None]: ...
     def add_lora(self, config: LoraConfig | None = None) -> Any: ...
+    def redraw_lora(self, seed: int) -> bool: ...
     def save_adapter(self, folder: Path) -> Any: ...
     def save_merged(self, folder: Path) -> Any: ...
 
 
 class TrainState:
-    """Attaches the adapter that the settings ask for and builds the optimizer.
+    """Attaches the adapter that the settings ask for and builds the optimizer. An adapter that was
+    never trained starts from the run's seed, whoever attached it.
 
     attached: what was attached, in words. Raises ValueError for a model or a rate without a
     parameter to train, AdapterMismatch, NoTargets.
@@ -88,7 +90,9 @@ class TrainState:
     ) -> None:
         self.model, self.config, self.ranks = model, config, ranks
         self.attached = _attach_adapter(model, config)
-        if ranks.rank:  # a new adapter is the same everywhere, dropout from here on is not
+        if model.has_adapter:
+            model.redraw_lora(config.seed)
+        if ranks.rank:  # weights are the same everywhere, dropout from here on is not
             torch.manual_seed(config.seed + ranks.rank)
         parameters = trainable(model.network)
         if not parameters:

@@ -106,10 +106,18 @@ class FakeLinear(nn.Module):
 
     def attach(self, config: LoraConfig) -> None:
         size = self.weight.shape[0]
-        self.lora_A = nn.Linear(size, config.r, bias=False)
-        self.lora_B = nn.Linear(config.r, size, bias=False)
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_A = nn.utils.skip_init(nn.Linear, size, config.r, bias=False)
+        self.lora_B = nn.utils.skip_init(nn.Linear, config.r, size, bias=False)
         self.dropout = config.dropout
+        self.draw(0)
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        bound = self.weight.shape[0] ** -0.5
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
+        self.lora_A.weight.copy_(drawn)
+        self.lora_B.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight)
@@ -167,6 +175,12 @@ class FakeModel:
         self.network.q_proj.attach(self.lora_config)
         self.network.to(self.device)
         return self
+
+    def redraw_lora(self, seed: int) -> bool:
+        is_fresh = not self.network.q_proj.lora_B.weight.any()
+        if is_fresh:
+            self.network.q_proj.draw(seed)
+        return is_fresh
 
     def loss(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 
 import sloth
@@ -55,13 +56,16 @@ def test_row_28_the_same_seed_gives_byte_equal_adapters_from_every_entry_point(p
     model = sloth.load("base", quant="nf4")
     model.train("rows.jsonl", output="python", lora=LoraConfig(r=2, dropout=0.1), **SETTINGS)
     assert cli.main(["train", "base", "rows.jsonl", "--output", "flags", *FLAGS]) == 0
+    attached = sloth.load("base", quant="nf4")
+    torch.rand(5)  # nor do torch's generators matter
+    attached.add_lora(r=2, dropout=0.1).train("rows.jsonl", output="attached", **SETTINGS)
     given = {**SETTINGS, "lora": {"r": 2, "dropout": 0.1}, "quant": "nf4", "output": "yaml"}
     (place / "run.yaml").write_text(yaml.safe_dump(given))
     assert cli.main(["train", "base", "rows.jsonl", "--config", "run.yaml"]) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         first, *others = (
             (place / output / "adapter" / name).read_bytes()
-            for output in ("python", "flags", "yaml")
+            for output in ("python", "attached", "flags", "yaml")
         )
         assert all(other == first for other in others), name
     other_seed = ["--output", "other", *FLAGS, "--seed", "4"]

@@ -15,8 +15,9 @@ from sloth.commands.axolotl import Conversion, convert
 from sloth.commands.base import parse
 from sloth.errors import OutputExists
 from sloth.lora_config import LoraConfig
-from sloth.train.config import TrainConfig, load_config, read_yaml
+from sloth.train.config import TrainConfig, load_config
 from sloth.train.redact import Redactor
+from sloth.train.yaml_file import read_yaml
 
 WIDTH = 96
 

@@ -58,6 +58,11 @@ class Objective:
         """The same of a whole data set."""
         raise NotImplementedError
 
+    def named(self, values: Sequence[float | Tensor]) -> dict[str, float]:
+        """The metrics by name; nothing without values."""
+        names = self.metrics[: len(values)]
+        return {name: float(value) for name, value in zip(names, values, strict=True)}
+
     def measure(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
         """[1 + metrics]: this batch's share of the loss, with a graph, and of each metric."""
         raise NotImplementedError

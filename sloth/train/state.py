@@ -23,6 +23,7 @@ from sloth.train import checkpoint
 from sloth.train.config import TrainConfig
 from sloth.train.evaluate import best_step
 from sloth.train.facts import Training
+from sloth.train.identity import Identity, base_fingerprint, refuse_changes
 from sloth.train.masters import Masters
 from sloth.train.optim import (
     build_optimizer,
@@ -34,7 +35,7 @@ from sloth.train.optim import (
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress
 from sloth.train.redact import Redactor
-from sloth.train.run import Identity, base_fingerprint, refuse_changes, write_settings
+from sloth.train.run import write_settings
 from sloth.train.saving import Saver
 
 if TYPE_CHECKING:

@@ -28,22 +28,22 @@ from sloth.train.accumulate import Accumulated, Accumulator
 from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
-from sloth.train.evaluate import best_step, eval_batches, has_stalled, sample_answers, summed
+from sloth.train.evaluate import best_step, has_stalled
 from sloth.train.facts import FILE_NAME, RunFacts, Training
 from sloth.train.full_memory import check_memory
+from sloth.train.held_out import HeldOut
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
 from sloth.train.objectives import objective_of
 from sloth.train.optim import clip_gradients, gradient_norm, make_moments, set_learning_rate
+from sloth.train.output import claim_once, publish_weights
 from sloth.train.plot import plot_losses
-from sloth.train.ranks import Number, Ranks, ranks_of_process
-from sloth.train.records import EvalRecord, Progress, StepRecord, TrainReport
+from sloth.train.ranks import Ranks, ranks_of_process
+from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import (
     check_device,
     check_model,
     check_optimizer,
-    claim_once,
-    publish_weights,
     seeded,
     write_settings,
 )
@@ -146,6 +146,7 @@ class Trainer:
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
         accumulator, parameters = self._accumulator(log), masters.by_name.values()
+        held_out = self._held_out()
         self.model.network.train()
         masters.drop_gradients()
         while not self._is_finished():
@@ -165,7 +166,7 @@ class Trainer:
             self.ranks.first(log.step, record)
             if progress.bad_in_a_row >= config.max_bad_steps:
                 raise NonFiniteGradients(self._why_stopped(saver))
-            improved = self._is_eval_due() and self._evaluate(log, accumulator)
+            improved = self._is_eval_due() and held_out.look(progress, log, accumulator)
             if accumulator.rows_per_pass < config.batch_size:
                 progress.rows_per_pass = accumulator.rows_per_pass
             stopping = stop.agreed(self.ranks)
@@ -232,71 +233,18 @@ class Trainer:
             rows_per_pass=min(self.progress.rows_per_pass or batch_size, batch_size),
         )
 
+    def _held_out(self) -> HeldOut:
+        return HeldOut(
+            objective=self.objective,
+            config=self.config,
+            ranks=self.ranks,
+            data=self.eval_data,
+            longest=max(self.data.row_lengths()),
+            batch_of=self._batch,
+        )
+
     def _batch(self, data: Dataset, rows: list[int]) -> Batch:
         return data.batch(rows, self._pad_id, padding_free=self.model.device.type == "cuda")
-
-    def _evaluate(self, log: RunLog, accumulator: Accumulator) -> bool:
-        """Held-out loss and answers to the prompts, logged; whether the loss is a new lowest."""
-        progress, loss, metrics = self.progress, None, self._metrics([])
-        if self.eval_data is not None:
-            count = 2 + len(self.objective.metrics)
-            num_short, *sums = self.ranks.agree(lambda: self._eval_sums(accumulator), count)
-            if num_short:
-                log.notice(
-                    "WARNING: no evaluation loss, one held-out row alone does not fit into memory; "
-                    "a smaller max_length cuts it. Training goes on"
-                )
-            else:
-                loss = progress.eval_losses[str(progress.step)] = float(sums[0])
-                metrics = self._metrics(sums[1:])
-        improved = loss is not None and best_step(progress.held_out) == progress.step
-
-        def answer_and_tell() -> None:
-            samples, has_perplexity = self._samples(log), self.objective.has_perplexity
-            log.evaluation(
-                EvalRecord(progress.step, loss, samples, improved, metrics, has_perplexity)
-            )
-
-        self.ranks.first(answer_and_tell)
-        return improved
-
-    def _samples(self, log: RunLog) -> list[tuple[str, str]]:
-        """Answers to the prompts; none where there is no memory for the longest."""
-        prompts, num_tokens = self.config.sample_prompts, self.config.sample_tokens
-        try:
-            return sample_answers(self.model.network, self.model.tokenizer, prompts, num_tokens)
-        except torch.OutOfMemoryError as error:
-            why = str(error).split(". ")[0]
-        log.notice(f"WARNING: samples are left out, memory ran out while generating them ({why})")
-        return []
-
-    def _metrics(self, values: Sequence[Number]) -> dict[str, float]:
-        """What the objective measures beside the loss, by name; nothing without values."""
-        names = self.objective.metrics[: len(values)]
-        return {name: float(value) for name, value in zip(names, values, strict=True)}
-
-    def _eval_sums(self, accumulator: Accumulator) -> list[float]:
-        """1 where a held-out row alone does not fit (it may be longer than those trained on), else
-        0; then this rank's shares of the loss over held-out rows and of the metrics.
-        """
-        assert self.eval_data is not None
-        data, sizes = self.eval_data, self.objective.sizes_of(self.eval_data)
-        nothing = [0.0] * (1 + len(self.objective.metrics))
-        lengths, longest = data.row_lengths(), max(self.data.row_lengths())
-        while True:
-            rows = accumulator.rows_per_pass
-            try:
-                sums = summed(
-                    self.ranks.share(eval_batches(lengths, rows, rows * longest)),
-                    lambda rows: self.objective.measure(self._batch(data, rows), sizes),
-                    self.model.network,
-                )
-                return [0.0, *(sums or nothing)]
-            except torch.OutOfMemoryError as error:
-                why = str(error).split(". ")[0]
-            if rows == 1:
-                return [1.0, *nothing]
-            accumulator.shrink(why)
 
     def _record(
         self,
@@ -329,7 +277,7 @@ class Trainer:
             memory_bytes=memory_bytes(self.model.device),
             skipped=not is_good,
             rows=None if is_good else self.plan.rows(step),
-            metrics=self._metrics(added.metrics),
+            metrics=self.objective.named(added.metrics),
         )
 
     def _why_stopped(self, saver: Saver) -> str:

@@ -180,7 +180,7 @@ def test_no_secret_of_the_environment_or_the_settings_reaches_a_file_or_the_term
     monkeypatch.setenv("MY_SERVICE_TOKEN", by_name)
     monkeypatch.setenv("HF_TOKEN", HF)
     rows = [{"prompt": f"say {HF}", "completion": f"no, {by_name}"}]
-    monkeypatch.setattr("sloth.train.trainer.sample_answers", lambda *rest: [(HF, by_name)])
+    monkeypatch.setattr("sloth.train.held_out.sample_answers", lambda *rest: [(HF, by_name)])
     library = Library("wandb")
     monkeypatch.setitem(sys.modules, "wandb", library)
     settings = {**SETTINGS, "trackers": ["wandb"], "project": f"p-{HF}", "sample_prompts": [HF]}

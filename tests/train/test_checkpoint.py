@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sloth.errors import CheckpointMismatch, NonFiniteGradients, SaveFailed
-from sloth.train import checkpoint, saving, trainer
+from sloth.train import checkpoint, held_out, saving
 from tests.train.fakes import ROWS
 from tests.train.runs import ROOT, train
 
@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_best_checkpoint_is_kept_beside_the_newest_two(tmp_path, monkeypatch):
     losses = iter([5.0, 2.0, 3.0, 2.0, math.nan, 4.0])
-    monkeypatch.setattr(trainer, "summed", lambda *rest: [next(losses)])
+    monkeypatch.setattr(held_out, "summed", lambda *rest: [next(losses)])
     _, report = train(tmp_path / "run", eval_data=ROWS[:4], eval_steps=1)
     assert report.best_step == 2
     found = [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")]

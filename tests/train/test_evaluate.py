@@ -16,7 +16,7 @@ from sloth.data.dataset import load_data
 from sloth.infer.decode import GrowingStep
 from sloth.lora_config import LoraConfig
 from sloth.quant.linear4bit import Linear4bit
-from sloth.train import evaluate, trainer
+from sloth.train import evaluate, held_out
 from sloth.train.callbacks import Callback
 from sloth.train.checkpoint import read_tensors
 from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed
@@ -33,7 +33,7 @@ NAN = math.nan
 def evaluated(tmp_path, monkeypatch, losses, **settings):
     """A run whose evaluations give these losses."""
     left = iter(losses)
-    monkeypatch.setattr(trainer, "summed", lambda *rest: [next(left)])
+    monkeypatch.setattr(held_out, "summed", lambda *rest: [next(left)])
     return train(tmp_path / "run", eval_data=ROWS[:3], eval_steps=1, **settings)
 
 

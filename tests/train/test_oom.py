@@ -231,7 +231,7 @@ def test_an_evaluation_that_cannot_be_is_left_out_and_training_goes_on(
     """Neither the loss on a held-out row that is too long nor the samples cost the run."""
     settings = {**SETTINGS, "batch_size": 1, "grad_accum": 8}
     _, plain = train(tmp_path / "plain", **settings)
-    monkeypatch.setattr("sloth.train.trainer.sample_answers", no_memory)
+    monkeypatch.setattr("sloth.train.held_out.sample_answers", no_memory)
     settings |= {"eval_data": ROWS[:3], "eval_steps": 2, "patience": 1, "sample_prompts": ["hi"]}
     _, report = train(tmp_path / "run", model=SmallWhenLooking(), **settings)
     assert report.losses == plain.losses and report.eval_losses == {}

@@ -11,7 +11,7 @@ import torch
 
 from sloth.lora_config import LoraConfig
 from sloth.train import checkpoint
-from sloth.train.run import Identity, refuse_changes
+from sloth.train.identity import Identity, refuse_changes
 from sloth.train.trainer import Trainer
 from tests.train.fakes import ROWS, FakeModel
 from tests.train.runs import ROOT, SETTINGS, metrics, same, train, weights

@@ -1,0 +1,96 @@
+"""Looking at the model while it trains: the loss on held-out rows, and answers to the prompts.
+
+A look changes nothing that training depends on (evaluate.py), and what has no memory costs the look
+and not the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sloth.data.dataset import Batch, Dataset
+from sloth.train.accumulate import Accumulator
+from sloth.train.config import TrainConfig
+from sloth.train.evaluate import best_step, eval_batches, sample_answers, summed
+from sloth.train.log import RunLog
+from sloth.train.objectives import Objective
+from sloth.train.ranks import Ranks
+from sloth.train.records import EvalRecord, Progress
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is looked at in a run. data: held-out rows, None for prompts alone. longest: tokens of
+    the longest row that is trained on. batch_of: some rows of a data set as tensors.
+    """
+
+    objective: Objective
+    config: TrainConfig
+    ranks: Ranks
+    data: Dataset | None
+    longest: int
+    batch_of: Callable[[Dataset, list[int]], Batch]
+
+    def look(self, progress: Progress, log: RunLog, accumulator: Accumulator) -> bool:
+        """Measure, ask and log; whether the loss is a new lowest."""
+        loss, metrics = None, {}
+        if self.data is not None:
+            count = 2 + len(self.objective.metrics)
+            num_short, *sums = self.ranks.agree(lambda: self._sums(accumulator), count)
+            if num_short:
+                log.notice(
+                    "WARNING: no evaluation loss, one held-out row alone does not fit into memory; "
+                    "a smaller max_length cuts it. Training goes on"
+                )
+            else:
+                loss = progress.eval_losses[str(progress.step)] = float(sums[0])
+                metrics = self.objective.named(sums[1:])
+        improved = loss is not None and best_step(progress.held_out) == progress.step
+
+        def answer_and_tell() -> None:
+            samples, has_perplexity = self._samples(log), self.objective.has_perplexity
+            log.evaluation(
+                EvalRecord(progress.step, loss, samples, improved, metrics, has_perplexity)
+            )
+
+        self.ranks.first(answer_and_tell)
+        return improved
+
+    def _samples(self, log: RunLog) -> list[tuple[str, str]]:
+        """Answers to the prompts; none where there is no memory for the longest."""
+        model, config = self.objective.model, self.config
+        try:
+            return sample_answers(
+                model.network, model.tokenizer, config.sample_prompts, config.sample_tokens
+            )
+        except torch.OutOfMemoryError as error:
+            why = str(error).split(". ")[0]
+        log.notice(f"WARNING: samples are left out, memory ran out while generating them ({why})")
+        return []
+
+    def _sums(self, accumulator: Accumulator) -> list[float]:
+        """1 where a held-out row alone does not fit (it may be longer than those trained on), else
+        0; then this rank's shares of the loss over held-out rows and of the metrics.
+        """
+        assert self.data is not None
+        data = self.data
+        objective, sizes = self.objective, self.objective.sizes_of(data)
+        nothing = [0.0] * (1 + len(objective.metrics))
+        lengths = data.row_lengths()
+        while True:
+            rows = accumulator.rows_per_pass
+            try:
+                sums = summed(
+                    self.ranks.share(eval_batches(lengths, rows, rows * self.longest)),
+                    lambda rows: objective.measure(self.batch_of(data, rows), sizes),
+                    objective.model.network,
+                )
+                return [0.0, *(sums or nothing)]
+            except torch.OutOfMemoryError as error:
+                why = str(error).split(". ")[0]
+            if rows == 1:
+                return [1.0, *nothing]
+            accumulator.shrink(why)

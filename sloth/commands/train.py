@@ -20,6 +20,7 @@ from sloth.train.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model
+    from sloth.train.records import TrainReport
 
 
 class Settings(TrainConfig):
@@ -64,11 +65,10 @@ def run(arguments: Sequence[str]) -> int:
         return launch.run_ranks(parsed.gpus, parsed.loading.device, arguments)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    model = parsed.loading.load(parsed.model, config.quant, config)
     if parsed.dry_run:
-        _show_plan(model, parsed, config)
+        _show_plan(parsed.loading.load(parsed.model, config.quant, config), parsed, config)
         return 0
-    report = model.train(parsed.data, config)
+    report = _train(parsed, config)
     if not launch.is_first():
         return 0
     last = report.losses[-1] if report.losses else float("nan")
@@ -78,6 +78,16 @@ def run(arguments: Sequence[str]) -> int:
     )
     print("\n".join(f"{name:>12}  {path}" for name, path in report.paths.items()))
     return 0
+
+
+def _train(parsed: Train, config: TrainConfig) -> TrainReport:
+    """Load and train; a rank that fails on the way ends all of them."""
+    from sloth.machine import resolve_device
+    from sloth.train.ranks import Ranks
+
+    with Ranks.of_process(resolve_device(parsed.loading.device)) as ranks:
+        model = ranks.together(lambda: parsed.loading.load(parsed.model, config.quant, config))
+        return model.train(parsed.data, config)
 
 
 def _read(arguments: Sequence[str]) -> tuple[Train, TrainConfig]:

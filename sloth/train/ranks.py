@@ -5,17 +5,23 @@ Started by `sloth train --gpus 2` (or torchrun). The rows of a step are shared o
 whole step, and one sum over ranks follows. So batch_size * grad_accum rows make a step whatever
 the number of ranks, and the curve is that of one process up to the order of sums.
 
-A rank that raises while the others wait in a collective would leave them there. So every stretch
-that can fail runs inside `agree`: its outcome travels with the numbers that have to be summed
-anyway, and where one failed, all raise. Only rank 0 writes. Strings travel as bytes, because
-torch's own exchange of objects unpickles what it is sent.
+They meet before any of them reads data or a model, since one that fails there would leave the
+others waiting for it. From then on every stretch that can fail runs inside `agree`: its outcome
+travels with the numbers that have to be summed anyway, and where one failed, all raise. They start
+equal: what identifies the run is compared, and rank 0's weights are everybody's. Only rank 0
+writes. Strings travel as bytes, because torch's own exchange of objects unpickles what it is sent.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -28,15 +34,72 @@ from sloth.errors import RankFailed
 # stands beside them, so a full training, which fills its GPU, gives theirs in turns.
 FLAT_BYTES = 2**31
 
+# For the others to come: one that failed before it came is known of within a minute.
+MEETING_S = 50
+# For one exchange; what rank 0 does alone (saving a large model, answering prompts) takes less.
+EXCHANGE_S = 3600
+
 T = TypeVar("T")
 Number = float | Tensor
 
 
 class Ranks:
-    """This process among `size`. Alone, everything is the identity and nothing is exchanged."""
+    """This process among `size`. Alone, everything is the identity and nothing is exchanged.
+
+    Used as a context, it meets the others at the start and leaves them at the end, unless the
+    program joined a process group of its own before.
+    """
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
         self.device, self.rank, self.size = device, rank, size
+        self._has_met = False
+
+    @classmethod
+    def of_process(cls, device: torch.device) -> Ranks:
+        """Those that torchrun started, as its environment tells; alone without it."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        return cls(device, int(os.environ["RANK"]), size) if size > 1 else cls(device)
+
+    def meet(self) -> None:
+        """Join the others. Raises RankFailed for one that does not come within MEETING_S."""
+        if self.size == 1 or dist.is_initialized():
+            return
+        with _exchange(f"not all of {self.size} processes came within {MEETING_S} s"):
+            place = dist.PrefixStore(f"sloth {next(_MEETINGS)}", _store(MEETING_S))
+            place.set(f"rank {self.rank}", "here")
+            everyone = [f"rank {rank}" for rank in range(self.size)]
+            place.wait(everyone, timedelta(seconds=MEETING_S))
+        longest = timedelta(seconds=EXCHANGE_S)
+        place.set_timeout(longest)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        with _exchange():
+            dist.init_process_group(
+                backend, store=place, rank=self.rank, world_size=self.size, timeout=longest
+            )
+        self._has_met = True
+
+    def leave(self) -> None:
+        """Undo `meet`."""
+        if self._has_met:
+            self._has_met = False
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Ranks:
+        self.meet()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None and self._has_met:
+                with _exchange():
+                    dist.barrier()  # gloo may abort where its peer is gone before its good-bye
+        finally:
+            self.leave()
 
     @property
     def is_first(self) -> bool:
@@ -79,6 +142,17 @@ class Ranks:
             raise RankFailed(f"rank {', '.join(map(str, failed))} failed; its output says why")
         return told[self.size :]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` in every rank; its result there. Where it fails in one, all raise."""
+        results: list[T] = []
+
+        def guarded() -> list[Number]:
+            results.append(work())
+            return []
+
+        self.agree(guarded)
+        return results[0]
+
     def first(self, work: Callable[..., object], *arguments: object) -> None:
         """Do `work` in rank 0 alone; where it fails, all raise."""
 
@@ -101,9 +175,9 @@ class Ranks:
     def _add_flat(self, parameters: list[nn.Parameter]) -> None:
         """The gradients, and for each a 1 where a rank has it, in one buffer."""
         sizes = [parameter.numel() for parameter in parameters]
-        first, count = parameters[0], len(parameters)
-        flat = torch.zeros(sum(sizes) + count, dtype=first.dtype, device=first.device)
-        *parts, present = flat.split([*sizes, count])
+        first, num_held = parameters[0], len(parameters)
+        flat = torch.zeros(sum(sizes) + num_held, dtype=first.dtype, device=self.device)
+        *parts, present = flat.split([*sizes, num_held])
         for parameter, part in zip(parameters, parts, strict=True):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
@@ -111,7 +185,37 @@ class Ranks:
         with _exchange():
             dist.all_reduce(flat)
         for parameter, part, held in zip(parameters, parts, present.tolist(), strict=True):
-            parameter.grad = part.view_as(parameter) if held else None
+            summed = part.view_as(parameter).to(parameter.device)
+            parameter.grad = summed if held else None
+
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """Raise ValueError, naming each of these JSON-like values that is not rank 0's."""
+        told = json.loads(self.tell(json.dumps(values)))
+        own = json.loads(json.dumps(values))
+
+        def compare() -> None:
+            different = [
+                f"{name} is {own.get(name)!r}, not {told.get(name)!r}"
+                for name in {**told, **own}
+                if told.get(name) != own.get(name)
+            ]
+            if different:
+                raise ValueError(
+                    f"rank {self.rank} would train another run than rank 0: "
+                    f"{'; '.join(different)}. Every process needs the same model, data and settings"
+                )
+
+        self.together(compare)
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values, in every rank, in place."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            held = tensor.detach().to(self.device).contiguous()
+            with _exchange():
+                dist.broadcast(held, 0)
+            tensor.detach().copy_(held)
 
     def tell(self, text: str) -> str:
         """Rank 0's text, in every rank."""
@@ -168,7 +272,7 @@ def _by_dtype(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]
 
 
 @contextmanager
-def _exchange() -> Iterator[None]:
+def _exchange(said: str = "another process of this run is gone") -> Iterator[None]:
     """Inside, an exchange that breaks raises RankFailed: a process that was killed says nothing
     itself, but its connections close.
     """
@@ -178,23 +282,14 @@ def _exchange() -> Iterator[None]:
         raise
     except RuntimeError as error:
         why = str(error).strip().split("\n")[0]
-        raise RankFailed(f"another process of this run is gone ({why})") from error
+        raise RankFailed(f"{said} ({why})") from error
 
 
-@contextmanager
-def ranks_of_process(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun started, as its environment tells; alone without it."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Ranks(device)
-        return
-    was_initialized = dist.is_initialized()
-    if not was_initialized:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(device, dist.get_rank(), dist.get_world_size())
-        with _exchange():
-            dist.barrier()  # gloo may abort where its peer is gone before it has said good-bye
-    finally:
-        if not was_initialized:
-            dist.destroy_process_group()
+_MEETINGS = count()  # of this process: each has names of its own in the store
+
+
+@cache
+def _store(wait_s: int) -> dist.Store:
+    """Where the processes find each other, one for the life of this one."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=wait_s)))
+    return store

@@ -111,6 +111,13 @@ class TrainState:
             ranks=ranks.size,
         )
 
+    def start_equal(self) -> None:
+        """The same run in every rank, by what identifies it, and the weights of the first."""
+        identity = asdict(self.identity)
+        self.ranks.require_same({**identity.pop("settings"), **identity})
+        self.ranks.take_first(self.masters.by_name.values())
+        self.masters.publish()
+
     def checkpoint_bytes(self) -> int:
         """What a checkpoint will take, once the optimizer has moments."""
         tensors = self.masters.by_name

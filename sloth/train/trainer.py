@@ -38,7 +38,7 @@ from sloth.train.objectives import objective_of
 from sloth.train.optim import clip_gradients, gradient_norm, make_moments, set_learning_rate
 from sloth.train.output import claim_once, publish_weights
 from sloth.train.plot import plot_losses
-from sloth.train.ranks import Ranks, ranks_of_process
+from sloth.train.ranks import Ranks
 from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import (
     check_device,
@@ -73,7 +73,18 @@ class Trainer:
         **overrides: Any,
     ) -> None:
         self.model, self.callbacks = model, list(callbacks)
-        self.config = config = with_overrides(config, overrides)
+        self.config = with_overrides(config, overrides)
+        self.ranks = Ranks.of_process(model.device)
+        self.ranks.meet()
+        try:
+            self.ranks.together(lambda: self._prepare(data))
+        except BaseException:
+            self.ranks.leave()
+            raise
+
+    def _prepare(self, data: Source) -> None:
+        """Check the settings, read the data, plan the steps."""
+        config, model = self.config, self.model
         check_model(model, config)
         check_device(config, model.device)
         check_memory(model, config)
@@ -81,11 +92,12 @@ class Trainer:
         check_optimizer(config)
         self.objective = objective_of(model, config)
         tokenizer = model.tokenizer
-        self.data = load_for(config, data, tokenizer, notice=say)
+        notice = say if self.ranks.is_first else None
+        self.data = load_for(config, data, tokenizer, notice=notice)
         held_out = held_out_source(data, config.eval_data)
         self.eval_data: Dataset | None = None
         if held_out is not None:
-            self.eval_data = load_for(config, held_out, tokenizer, "valid", say)
+            self.eval_data = load_for(config, held_out, tokenizer, "valid", notice)
         self.plan = StepPlan.of(
             self.data.num_rows,
             config.batch_size,
@@ -107,25 +119,20 @@ class Trainer:
         was_training = network.training
         try:
             with (
-                ranks_of_process(self.model.device) as self.ranks,
+                self.ranks,
                 seeded(config, self.model.device),
                 noisy_embeddings(network, config.neftune),
             ):
                 output, source = claim_once(config, self.ranks)
-                self.state = state = self._new_state()
-                changed = [] if source is None else state.resume(source)
+                self.state = self._new_state()
+                changed = self.ranks.together(lambda: self._resumed(source))
                 with self._new_log(output) as log, StopRequest() as stop:
                     saver = Saver(output, log.notice, log.saved, newest=source)
-                    saver.require_room(state.checkpoint_bytes())
-                    facts = RunFacts.of(state, config, self.data, self.eval_data)
-                    if self.ranks.is_first:
-                        write_settings(config, output)
-                        facts.write(output, source)
-                    log.start(config.plain())
+                    facts = RunFacts.of(self.state, config, self.data, self.eval_data)
+                    self.ranks.first(self._begin, output, source, saver, facts)
+                    self.ranks.first(log.start, config.plain())
                     announce(log.notice, self, output, source, changed)
-                    with state.masters.collecting_gradients(), saver.explaining_out_of_memory():
-                        make_moments(state.optimizer, state.masters.by_name)
-                        self._loop(log, saver, stop)
+                    self._train(log, saver, stop)
                     log.curve(self.progress.losses)
                 self.model.training = self._training(facts)
                 return self._finish(output, source, saver)
@@ -137,11 +144,27 @@ class Trainer:
         """What `run` would do, in words; settings that could not take effect raise as they would
         there. An adapter that the settings ask for is attached to the model.
         """
-        self.ranks = Ranks(self.model.device)
-        with seeded(self.config, self.model.device):
+        with self.ranks, seeded(self.config, self.model.device):
             self.state = self._new_state()
             with noisy_embeddings(self.model.network, self.config.neftune):
                 return describe_plan(self)
+
+    def _resumed(self, source: Path | None) -> list[str]:
+        """What is allowed to differ from the checkpoint that was put back, if there is one."""
+        return [] if source is None else self.state.resume(source)
+
+    def _begin(self, output: Path, source: Path | None, saver: Saver, facts: RunFacts) -> None:
+        """What must be there before the first step."""
+        saver.require_room(self.state.checkpoint_bytes())
+        write_settings(self.config, output)
+        facts.write(output, source)
+
+    def _train(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
+        """The loop, with gradients where the optimizer looks for them."""
+        optimizer, masters = self.state.optimizer, self.state.masters
+        with masters.collecting_gradients(), saver.explaining_out_of_memory():
+            self.ranks.together(lambda: make_moments(optimizer, masters.by_name))
+            self._loop(log, saver, stop)
 
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
@@ -194,7 +217,11 @@ class Trainer:
 
     def _new_state(self) -> TrainState:
         num_steps, data = self.plan.num_steps, self.data.fingerprint
-        return TrainState(self.model, self.config, num_steps, data, self.ranks)
+        state = self.ranks.together(
+            lambda: TrainState(self.model, self.config, num_steps, data, self.ranks)
+        )
+        state.start_equal()
+        return state
 
     def _new_log(self, output: Path) -> RunLog:
         metrics = output / "metrics.jsonl" if self.ranks.is_first else None
@@ -313,7 +340,8 @@ class Trainer:
             "metrics": output / "metrics.jsonl",
         }
         if self.config.load_best:
-            paths["best"] = self.state.load_best([output, *([source.parent] if source else [])])
+            places = [output, *([source.parent] if source else [])]
+            paths["best"] = self.ranks.together(lambda: self.state.load_best(places))
         if saver.newest is not None:
             paths["checkpoint"] = saver.newest
 

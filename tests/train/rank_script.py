@@ -1,7 +1,8 @@
-"""One of two processes that train together: `python -m tests.train.rank_script FOLDER`.
+"""One of two processes that train together: `python -m tests.train.rank_script FOLDER [FAILS]`.
 
 Prints a JSON line for each scenario: what rank 0 and rank 1 saw of a run in which one of them fails
-somewhere, or neither does. RANK, WORLD_SIZE and the meeting place come from the environment.
+somewhere, or neither does. RANK, WORLD_SIZE and the meeting place come from the environment. With
+FAILS, runs of a script that knows nothing of process groups.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from sloth.data.dataset import load_data
+from sloth.errors import SlothError
 from sloth.lora_config import LoraConfig
+from sloth.train import ranks as ranks_module
 from sloth.train import trainer
 from sloth.train.accumulate import Accumulator
 from sloth.train.callbacks import Callback
@@ -51,10 +54,13 @@ def fail(*rest, **more):
     raise Mine
 
 
-def run(output, callbacks=(), place=None, rows=ROWS, **changes):
+def run(output, callbacks=(), place=None, rows=ROWS, model=None, **changes):
     """The outcome of a run that fails at `place`, in words."""
-    model = FakeModel()
-    held = trainer.Trainer(model, rows, output=output, callbacks=callbacks, **changes)
+    model = model or FakeModel()
+    try:
+        held = trainer.Trainer(model, rows, output=output, callbacks=callbacks, **changes)
+    except SlothError as error:
+        return type(error).__name__, str(error)
     if place == "data":
         held._batch = fail
     if place == "update":
@@ -72,7 +78,7 @@ def run(output, callbacks=(), place=None, rows=ROWS, **changes):
     try:
         report = held.run()
     except BaseException as error:
-        return type(error).__name__, getattr(error, "code", None)
+        return type(error).__name__, getattr(error, "code", None) or str(error)
     weights = [p.double().sum().item() for p in model.network.parameters()]
     return report.losses, report.eval_losses, weights
 
@@ -140,9 +146,38 @@ def main(folder: Path) -> None:
         for failing in (0, 1):
             at = place if rank == failing else None
             tell(f"{place} {failing}", run(folder / f"{place}-{failing}", place=at, **SETTINGS))
+    other = FakeModel().add_lora(SETTINGS["lora"])
+    with torch.no_grad():
+        other.network.q_proj.lora_B.weight.fill_(1.0)
+    spoilt = {
+        "other data": {"rows": ROWS[1:]},
+        "no data": {"rows": folder / "none.jsonl"},
+        "other base": {"model": FakeModel(seed=1)},
+        "other settings": {"lr": 0.5},
+        "other weights": {"model": other},
+    }
+    for name, mine in spoilt.items():
+        own = mine if rank else {}
+        tell(name, run(folder / name, **{**SETTINGS, **own}))
     dist.barrier()  # gloo may abort where its peer is gone before it has said good-bye
     dist.destroy_process_group()
 
 
+def scripted(folder: Path, fails: str) -> None:
+    """A run of a script, which leaves meeting and leaving to the trainer; the second fails."""
+    torch.set_num_threads(1)
+    is_second = os.environ["RANK"] == "1"
+    if fails == "before" and is_second:
+        sys.exit("never came")
+    if fails == "before":
+        ranks_module.MEETING_S = 3
+    for name in ("first", "again"):
+        rows = folder / "none.jsonl" if fails == name and is_second else ROWS
+        trainer.Trainer(FakeModel(), rows, output=folder / name, **SETTINGS).run()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        scripted(Path(sys.argv[1]), sys.argv[2])

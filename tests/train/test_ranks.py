@@ -23,10 +23,8 @@ from tests.train.runs import ROOT, SETTINGS, train
 LONGEST_S = 60
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """Scenario -> what rank 0 and rank 1 saw."""
-    folder = tmp_path_factory.mktemp("ranks")
+def two_ranks(folder, *arguments):
+    """(exit code, output) of both processes of the script."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,8 +36,7 @@ def told(tmp_path_factory):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-m", "tests.train.rank_script", str(folder)]
-    began = time.monotonic()
+    command = [sys.executable, "-m", "tests.train.rank_script", str(folder), *arguments]
     outputs = [folder / f"rank-{rank}" for rank in range(2)]  # a pipe that nobody reads would block
     processes = [
         subprocess.Popen(
@@ -51,16 +48,23 @@ def told(tmp_path_factory):
         )
         for rank, output in enumerate(outputs)
     ]
+    deadline = time.monotonic() + LONGEST_S
     try:
-        codes = [process.wait(timeout=LONGEST_S) for process in processes]
+        codes = [process.wait(timeout=deadline - time.monotonic()) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    said = [output.read_text() for output in outputs]
-    assert codes == [0, 0], said
-    assert time.monotonic() - began < LONGEST_S
+    return list(zip(codes, (output.read_text() for output in outputs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Scenario -> what rank 0 and rank 1 saw."""
+    ended = two_ranks(tmp_path_factory.mktemp("ranks"))
+    assert [code for code, _ in ended] == [0, 0], ended
     seen = [
-        dict(json.loads(line) for line in out.splitlines() if line.startswith('["')) for out in said
+        dict(json.loads(line) for line in out.splitlines() if line.startswith('["'))
+        for _, out in ended
     ]
     return {name: [one[name] for one in seen] for name in seen[0] if name in seen[1]}
 
@@ -123,6 +127,38 @@ def test_a_rank_that_fails_ends_the_others(told, place):
         ["RankFailed", "Mine"] if place != "save" else [told["dropout"][0][0]] * 2
     )
     assert [outcome[0] for outcome in told[f"{place} 0"]] == ["Mine", "RankFailed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("other data", "rank 1 would train another run than rank 0: data is '"),
+        ("other base", "rank 1 would train another run than rank 0: base is '"),
+        ("other settings", "than rank 0: lr is 0.5, not 0.02. Every process needs the same"),
+        ("no data", "none.jsonl does not exist"),
+    ],
+)
+def test_row_30_a_rank_that_would_train_another_run_ends_all(told, name, said):
+    (first, _), (second, error) = told[name]
+    assert first == "RankFailed" and second == ("DataError" if name == "no data" else "ValueError")
+    assert said in error
+
+
+def test_ranks_train_the_weights_of_the_first(told):
+    """Rank 1 brings an adapter that it has changed before."""
+    assert told["other weights"] == told["dropout"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [("before", "not all of 2 processes came within 3 s"), ("again", "rank 1 failed")],
+)
+def test_row_30_a_rank_that_fails_before_the_loop_ends_a_script(tmp_path, fails, said):
+    """The trainer meets the others before it reads, in a second run of the process, too."""
+    (first, out), (second, err) = two_ranks(tmp_path, fails)
+    assert first > 0 and second > 0, (out, err)
+    assert f"RankFailed: {said}" in out and ("never came" in err or "DataError" in err)
+    assert (tmp_path / "first" / "adapter").is_dir() == (fails == "again")
 
 
 def test_alone_nothing_is_exchanged():

@@ -72,11 +72,25 @@ class Accumulator:
 
         numbers = self.ranks.agree(count, 2 + len(self.objective.sizes([])))
         num_tokens, num_trained, *sizes = map(int, numbers)
-        loss, *metrics = self.ranks.agree(
+        loss, *metrics = self.agreed(
             lambda: list(self._backward(own, counted, sizes)), 1 + len(self.objective.metrics)
         )
         loss = torch.as_tensor(loss, device=self._device)
         return Accumulated(loss, metrics, num_tokens, num_trained)
+
+    def agreed(self, work: Callable[[], Sequence[Number]], count: int) -> list[Number]:
+        """`Ranks.agree` for work that may halve the passes. Afterwards they are those of the rank
+        with the least memory, in all: a checkpoint keeps one number, and a resume follows it.
+        """
+        ranks = self.ranks
+
+        def counted() -> list[Number]:
+            numbers = list(work())
+            return [*numbers, *(self.rows_per_pass * (r == ranks.rank) for r in range(ranks.size))]
+
+        numbers = ranks.agree(counted, count + ranks.size)
+        self.rows_per_pass = int(min(numbers[count:]))
+        return numbers[:count]
 
     def _backward(self, rows: list[int], batches: list[Batch], sizes: list[int]) -> Tensor:
         generators = rng_tensors(self._device)

@@ -39,7 +39,7 @@ class HeldOut:
         loss, metrics = None, {}
         if self.data is not None:
             count = 2 + len(self.objective.metrics)
-            num_short, *sums = self.ranks.agree(lambda: self._sums(accumulator), count)
+            num_short, *sums = accumulator.agreed(lambda: self._sums(accumulator), count)
             if num_short:
                 log.notice(
                     "WARNING: no evaluation loss, one held-out row alone does not fit into memory; "

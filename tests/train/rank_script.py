@@ -44,6 +44,15 @@ class Mine(Exception):
     pass
 
 
+class Small(FakeModel):
+    """Has memory for one row at a time."""
+
+    def loss(self, tokens, *rest, **more):
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().loss(tokens, *rest, **more)
+
+
 class Signal(Callback):
     def step(self, record):
         if record.step == 2:
@@ -141,6 +150,12 @@ def main(folder: Path) -> None:
     except Exception as error:
         tell("died", type(error).__name__)
     tell("resumed", run(folder / "half", resume=True, **SETTINGS))
+    model = FakeModel if rank else Small
+    tell("small", run(folder / "small", model=model(), **SETTINGS))
+    half = {"output": folder / "small half", "model": model()}
+    tell("small died", run(callbacks=[DieIn(4)], **half, **SETTINGS))
+    half["model"] = model()
+    tell("small resumed", run(resume=True, **half, **SETTINGS))
     tell("signal", run(folder / "signal", [Signal()], **SETTINGS))
     for place in ("data", "step", "update", "save"):
         for failing in (0, 1):

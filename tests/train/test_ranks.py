@@ -116,6 +116,13 @@ def test_two_ranks_resume_bitwise_with_dropout_of_their_own(told):
     assert told["dropout"][0] == told["dropout"][1]
 
 
+def test_smaller_passes_of_one_rank_are_those_of_all_and_a_resume_keeps_them(told):
+    """Row 15. Rank 0 alone lacks memory; were rank 1 to go on as before, a resume would differ."""
+    assert [name for name, _ in told["small died"]] == ["Stopped", "RankFailed"]
+    assert told["small"][0] == told["small"][1] and len(told["small"][0][0]) == 6
+    assert told["small resumed"] == told["small"]
+
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):
     assert told["signal"] == [["Interrupted", 143], ["Interrupted", 143]]
 

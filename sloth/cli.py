@@ -27,6 +27,7 @@ from sloth.commands import (
     train,
 )
 from sloth.errors import SlothError
+from sloth.quiet import give_up_on_broken, tell
 from sloth.train.redact import Redactor
 
 USAGE_ERROR = 2
@@ -60,23 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         return _complain(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
     try:
-        return command(arguments[1:])
+        code = command(arguments[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what could not be written is an error of the command, here still
+        return code
     except ValidationError as error:
         return _complain(_one_line(error))
     except (SlothError, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted", sys.stderr)
         return INTERRUPTED
     except SystemExit as leaving:  # tyro, after help and usage errors; training, after a signal
         return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
+    finally:
+        give_up_on_broken(sys.stdout, sys.stderr)
 
 
 def _complain(text: str) -> int:
     """Say what is wrong, on one line and without secrets."""
     rank = os.environ.get("RANK")
     who = "error" if rank is None else f"error (rank {rank})"
-    print(f"{who}: {Redactor().text(' '.join(text.split()))}", file=sys.stderr)
+    tell(f"{who}: {Redactor().text(' '.join(text.split()))}", sys.stderr)
     return USAGE_ERROR
 
 

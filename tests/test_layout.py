@@ -19,7 +19,10 @@ MAX_LINES = 400
 # is a module or a package of sloth; names on one line may import one another.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth",),  # __init__: names only, resolved on first use
-    ("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine", "sloth.names"),
+    (
+        *("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine", "sloth.names"),
+        "sloth.quiet",
+    ),
     ("sloth.kernels",),
     ("sloth.linear", "sloth.embedding"),
     ("sloth.quant",),

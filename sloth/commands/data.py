@@ -76,8 +76,8 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from sloth.data.check import check_data, epoch_seconds, histogram
-    from sloth.data.dataset import say
     from sloth.data.show import describe_first_row
+    from sloth.quiet import say
 
     tokenizer, num_parameters = _read_model(parsed.model, parsed.revision)
     check = check_data(parsed.data, tokenizer, config, notice=say)

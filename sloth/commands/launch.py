@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from sloth.errors import KernelUnavailable, RankFailed
+from sloth.quiet import tell
 
 # Between SIGTERM and SIGKILL: time to finish a step and save, and all is over within a minute.
 SHUTDOWN_SECONDS = 45
@@ -69,7 +70,7 @@ def run_ranks(count: int, device: str, arguments: Sequence[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args(given))
     except SignalException as error:
-        print(f"stopped by {error.sigval.name}, and all processes with it", file=sys.stderr)
+        tell(f"stopped by {error.sigval.name}, and all processes with it", sys.stderr)
         return 128 + error.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

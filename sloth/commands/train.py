@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from sloth.commands import launch
 from sloth.commands.arguments import config_path, spell_out_resume
 from sloth.commands.base import Loaded, Loading, ModelName, parse, print_rows
 from sloth.lora_config import LoraConfig
+from sloth.quiet import give_up_on_broken, tell
 from sloth.train.config import TrainConfig, load_config, with_overrides
 from sloth.train.redact import Redactor
 
@@ -68,16 +70,23 @@ def run(arguments: Sequence[str]) -> int:
     if parsed.dry_run:
         _show_plan(parsed.loading.load(parsed.model, config.quant, config), parsed, config)
         return 0
-    report = _train(parsed, config)
-    if not launch.is_first():
-        return 0
+    try:
+        report = _train(parsed, config)
+        if launch.is_first():
+            tell(_outcome(report), sys.stdout)
+    finally:  # a training that is done is done, whoever has heard of it
+        give_up_on_broken(sys.stdout, sys.stderr)
+    return 0
+
+
+def _outcome(report: TrainReport) -> str:
     last = report.losses[-1] if report.losses else float("nan")
-    print(
+    said = (
         f"{len(report.losses)} steps, {report.tokens} tokens, {report.seconds:.0f} s, "
         f"loss {last:.4f}"
     )
-    print("\n".join(f"{name:>12}  {path}" for name, path in report.paths.items()))
-    return 0
+    paths = (f"{name:>12}  {path}" for name, path in report.paths.items())
+    return "\n".join((said, *paths))
 
 
 def _train(parsed: Train, config: TrainConfig) -> TrainReport:

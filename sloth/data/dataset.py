@@ -10,7 +10,6 @@ cause. Memory is bounded: a file's tokens go to the disk as they are made and ar
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,11 +186,6 @@ def load_for(
 def held_out_source(data: Source, given: Source | None) -> Source | None:
     """What to evaluate on: what was given, else the valid split that came with the data."""
     return data if given is None and has_split(data, "valid") else given
-
-
-def say(text: str) -> None:
-    """A notice before there is a run to log it."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class _Maker:

@@ -2,8 +2,9 @@
 
 Each line of metrics.jsonl is one JSON object: {"event": "step", "step": 1, "loss": ..., ...} or
 {"event": "eval", "step": 10, "eval_loss": ..., "perplexity": ..., "samples": [...]}. NaN and
-infinity, which JSON lacks, are written as null. Secrets are redacted in both. Callbacks hear of
-everything from here, so the loop reports each moment once.
+infinity, which JSON lacks, are written as null. Secrets are redacted in both. A full disk or a
+reader that has left ends what is said, and not the run. Callbacks hear of everything from here, so
+the loop reports each moment once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from sloth.quiet import QuietStream
 from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
@@ -52,7 +54,8 @@ class RunLog:
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.console = console or Console(soft_wrap=True, quiet=metrics is None)
+        stdout: Any = QuietStream(sys.stdout)
+        self.console = console or Console(file=stdout, soft_wrap=True, quiet=metrics is None)
         self.callbacks = list(callbacks)
         self._redactor = Redactor()
         self.first_step, self.num_steps = first_step, num_steps

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from sloth.train.ranks import Ranks
@@ -57,4 +58,5 @@ class StopRequest:
         if self.received is None:
             self.received = signal.Signals(number)
             # Not print: the signal may have come in the middle of one, which holds a lock.
-            os.write(STDERR, f"\n{self.received.name}: {_ADVICE}\n".encode())
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(STDERR, f"\n{self.received.name}: {_ADVICE}\n".encode())

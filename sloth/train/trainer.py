@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.data.dataset import Batch, Dataset, Source, StepPlan, held_out_source, load_for, say
+from sloth.data.dataset import Batch, Dataset, Source, StepPlan, held_out_source, load_for
 from sloth.errors import Interrupted, NonFiniteGradients
+from sloth.quiet import say
 from sloth.train.accumulate import Accumulated, Accumulator
 from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides

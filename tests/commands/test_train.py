@@ -43,14 +43,14 @@ def alone(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def start(*flags):
+def start(*flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, command="train"):
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "sloth.cli", "train", "base", "rows.jsonl", *flags]
+    command = [sys.executable, "-m", "sloth.cli", command, "base", *flags]
     return subprocess.Popen(
         command,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=stdout,
+        stderr=stderr,
         text=True,
     )
 
@@ -110,12 +110,42 @@ def test_the_dry_run_of_full_training_predicts_what_autograd_keeps(capsys):
     assert str(plan) in said and "autograd keeps what it wants" in said
 
 
+# -- nobody to hear it -----------------------------------------------------------------------------
+
+
+def unheard(kind):
+    """A stream that cannot be written to: a full disk, or a pipe without a reader."""
+    if kind == "full":
+        return open("/dev/full", "w")
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("kind", ["full", "closed"])
+def test_row_14_a_full_or_closed_stdout_costs_no_step_and_no_exit_code(place, kind):
+    flags = ["--max-steps", "3", "--lora.r", "4", "--device", "cpu", "--output", f"unheard-{kind}"]
+    with unheard(kind) as out, unheard(kind) as err:
+        assert start("rows.jsonl", *flags, stdout=out, stderr=err).wait(LONGEST_S) == 0
+    assert len((place / f"unheard-{kind}" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (place / f"unheard-{kind}" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_command_whose_output_is_all_it_gives_fails_where_that_cannot_be_written():
+    with unheard("full") as out:
+        process = start("--device", "cpu", command="info", stdout=out)
+        _, err = process.communicate(timeout=LONGEST_S)
+    assert process.returncode == 2 and err == "error: [Errno 28] No space left on device\n"
+
+
 # -- several processes -----------------------------------------------------------------------------
 
 
 def test_two_processes_give_the_result_of_one(place):
     flags = ["--max-steps", "3", "--lora.r", "4", "--lr", "0.01", "--device", "cpu"]
-    process = start(*flags, "--output", "two", "--gpus", "2")
+    process = start("rows.jsonl", *flags, "--output", "two", "--gpus", "2")
     assert cli.main(["train", "base", "rows.jsonl", *flags, "--output", "one"]) == 0
     out, err = process.communicate(timeout=LONGEST_S)
     assert process.returncode == 0, err
@@ -136,7 +166,7 @@ def test_two_processes_give_the_result_of_one(place):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_a_process_that_is_killed_ends_the_run_within_a_minute(place):
     flags = ["--max-steps", "100000", "--lora.r", "4", "--device", "cpu", "--gpus", "2"]
-    process = start(*flags, "--output", "killed")
+    process = start("rows.jsonl", *flags, "--output", "killed")
     metrics, deadline = place / "killed" / "metrics.jsonl", time.monotonic() + LONGEST_S
     while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()

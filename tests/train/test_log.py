@@ -6,10 +6,13 @@ import importlib.util
 import io
 import json
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
 
+import pytest
 from rich.console import Console
 
+from sloth.quiet import QuietStream
 from sloth.train.log import RunLog
 from sloth.train.plot import BLOCKS, plot_losses, sparkline
 from sloth.train.records import EvalRecord, StepRecord
@@ -62,6 +65,44 @@ def test_the_smoothed_loss_follows_slowly_and_skips_what_is_not_finite(tmp_path)
     smoothed = [line.split("smoothed ")[1].split(")")[0] for line in out.splitlines()[:3]]
     # (0.9 * 0.1 * 4 + 0.1 * 2) / (0.9 * 0.1 + 0.1)
     assert smoothed == ["4.0000", "4.0000", "2.9474"]
+
+
+class Broken(io.StringIO):
+    """A stream whose disk is full after some characters."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def write(self, text):
+        if len(self.getvalue()) + len(text) > self.room:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_row_14_what_cannot_be_said_is_left_unsaid(tmp_path, monkeypatch, is_terminal):
+    """From a write that fails on; metrics go on, and so does whoever logs."""
+    broken = Broken(room=100)
+    broken.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stdout", broken)
+    for stdout in (broken, None):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with RunLog(tmp_path / "metrics.jsonl", 0, 3) as log:
+            for step in (1, 2, 3):
+                log.step(record(step))
+                log.notice("a notice " * 20)
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+        (tmp_path / "metrics.jsonl").unlink()
+    assert len(broken.getvalue()) <= 100
+
+
+def test_characters_that_a_terminal_lacks_are_escaped():
+    raw = io.BytesIO()
+    quiet = QuietStream(io.TextIOWrapper(raw, encoding="ascii"))
+    quiet.write("gr\u00fc\u00df")
+    quiet.flush()
+    assert raw.getvalue() == b"gr\\xfc\\xdf"
 
 
 def test_sparkline_goes_from_the_lowest_to_the_highest_and_leaves_gaps():

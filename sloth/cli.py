@@ -28,7 +28,6 @@ from sloth.commands import (
 )
 from sloth.errors import SlothError
 from sloth.quiet import give_up_on_broken, tell
-from sloth.train.redact import Redactor
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -82,7 +81,7 @@ def _complain(text: str) -> int:
     """Say what is wrong, on one line and without secrets."""
     rank = os.environ.get("RANK")
     who = "error" if rank is None else f"error (rank {rank})"
-    tell(f"{who}: {Redactor().text(' '.join(text.split()))}", sys.stderr)
+    tell(f"{who}: {' '.join(text.split())}", sys.stderr)
     return USAGE_ERROR
 
 

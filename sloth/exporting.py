@@ -40,6 +40,7 @@ from sloth.lora import (
 )
 from sloth.quant.bnb import bnb_quantization_config, bnb_tensors
 from sloth.quant.nf4 import quantize_nf4
+from sloth.redact import Redactor
 from sloth.train.card import Subject, write_card
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def save_adapter(model: Model, folder: Path) -> Path:
             partial,
             config,
             {name: tensor.to("cpu") for name, tensor in tensors.items()},
-            base_name=model.name,
+            base_name=Redactor().text(model.name),
             revision=model.revision,
             target_suffixes=peft_targets(network),
             for_wrapper=model.wrapper is not None,

@@ -36,6 +36,7 @@ from sloth.formats.gguf_write import (
     write_model,
 )
 from sloth.lora import projections
+from sloth.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -68,7 +69,7 @@ def save_gguf(model: Model, path: Path, quant: str = "f16") -> Path:
         raise ValueError(f"a GGUF file ends in .gguf, got {path.name!r}")
     arch, config = _described(model)
     vocabulary = vocabulary_metadata(model.tokenizer, config["vocab_size"])
-    name = Path(model.name).name.removesuffix(".gguf")
+    name = Path(Redactor().text(model.name)).name.removesuffix(".gguf")
     metadata = model_metadata(arch, config, vocabulary, name, quant)
     planned = plan(arch, merged_shapes(model), quant)
     with _published_files(path, path.with_name(MODELFILE)) as (partial, modelfile):
@@ -97,7 +98,8 @@ def save_gguf_adapter(model: Model, folder: Path) -> Path:
     alpha = model.lora_config.alpha
     with published(folder) as partial:
         file = partial / ADAPTER_NAME
-        write_adapter(file, arch, config, alpha, factors, Path(model.name).name)
+        name = Path(Redactor().text(model.name)).name
+        write_adapter(file, arch, config, alpha, factors, name)
         _verify_adapter(file, arch, config, factors)
     return folder
 

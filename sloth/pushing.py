@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sloth import __version__, exporting
 from sloth.errors import UnknownModel, UploadFailed
 from sloth.formats.hub import is_repo_id
-from sloth.train.redact import Redactor
+from sloth.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model

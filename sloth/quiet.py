@@ -12,6 +12,8 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
+from sloth.redact import Redactor
+
 # A stream that was closed raises ValueError; sys.stdout is None where a program has none.
 BROKEN = (OSError, ValueError)
 
@@ -68,9 +70,9 @@ class QuietStream:
 
 
 def tell(text: str, stream: TextIO | None) -> None:
-    """One line, if it can be said."""
+    """Some lines without secrets, if they can be said."""
     quiet: Any = QuietStream(stream)
-    print(text, file=quiet, flush=True)
+    print(Redactor().text(text), file=quiet, flush=True)
 
 
 def give_up_on_broken(*streams: TextIO | None) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from sloth.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -88,20 +92,36 @@ class ModelCommand:
 def parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = None) -> Any:
     """The flags of `sloth NAME` as a `kind`. Usage errors and --help leave with SystemExit."""
     given = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind,
-        prog=f"sloth {name}",
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands,),
-        **given,
-    )
+
+    def read(words: Sequence[str]) -> Any:
+        return tyro.cli(
+            kind,
+            prog=f"sloth {name}",
+            args=list(words),
+            config=(tyro.conf.AvoidSubcommands,),
+            **given,
+        )
+
+    safe = [Redactor().text(word) for word in arguments]
+    if safe == list(arguments):
+        return read(arguments)
+    # What is said of a mistake repeats the words, in lines that may end inside of one.
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
+        return read(arguments)
+    read(safe)
+    raise ValueError("the flags cannot be read")
+
+
+def show(text: str) -> None:
+    """Print, without secrets."""
+    print(Redactor().text(text))
 
 
 def print_rows(rows: Mapping[str, Any]) -> None:
     """Names and values in two columns."""
     width = max(len(name) for name in rows)
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}".rstrip())
+        show(f"{name:<{width}}  {value}".rstrip())
 
 
 def stream_answer(

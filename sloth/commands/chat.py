@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sloth.commands.base import ModelCommand, parse, stream_answer
+from sloth.commands.base import ModelCommand, parse, show, stream_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> int:
     model = parsed.load()
     opening = [{"role": "system", "content": parsed.system}] if parsed.system else []
     messages = list(opening)
-    print(f"{model.name}. /reset forgets the conversation, /quit leaves.")
+    show(f"{model.name}. /reset forgets the conversation, /quit leaves.")
     while True:
         try:
             line = input("> ").strip()
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         if line == "/reset":
             messages = list(opening)
-            print("(forgotten)")
+            show("(forgotten)")
         elif line:
             messages.append({"role": "user", "content": line})
             answer = stream_answer(model, messages, parsed.max_new_tokens, parsed.temperature, ())

@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from sloth.data.check import check_data, epoch_seconds, histogram
-    from sloth.data.show import describe_first_row
+    from sloth.data.show import describe_first_row, without_secrets
     from sloth.quiet import say
 
     tokenizer, num_parameters = _read_model(parsed.model, parsed.revision)
@@ -88,14 +88,14 @@ def run(arguments: Sequence[str]) -> int:
     lines = check.lines(config.max_length, seconds)
     width = max(map(len, lines))
     for name, value in lines.items():
-        console.print(f"{name:<{width}}  {value}", markup=False)
-    console.print("\nlengths, in tokens:")
+        console.print(without_secrets(f"{name:<{width}}  {value}"))
+    console.print(without_secrets("\nlengths, in tokens:"))
     for line in histogram(check.data.examples):
-        console.print(f"  {line}", markup=False)
-    console.print("\nfirst row, trained parts in [+ +]:", markup=False)
-    console.print(describe_first_row(check.data, tokenizer))
+        console.print(without_secrets(f"  {line}"))
+    console.print(without_secrets("\nfirst row, trained parts in [+ +]:"))
+    console.print(without_secrets(describe_first_row(check.data, tokenizer)))
     for warning in check.data.counts.warnings():
-        console.print(f"\nWARNING: {warning}", markup=False)
+        console.print(without_secrets(f"\nWARNING: {warning}"))
     return 0
 
 

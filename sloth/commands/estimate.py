@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from sloth.commands.base import ModelName, parse
+from sloth.commands.base import ModelName, parse, show
 from sloth.lora_config import LoraConfig
 from sloth.train.config import Optimizer
 
@@ -87,9 +87,9 @@ def run(arguments: Sequence[str]) -> int:
             "32 bits, which are few"
         )
     plan = parsed.plan()
-    print(plan)
+    show(str(plan))
     if plan.budget_gib is not None:
-        print(f"fits          {'yes' if plan.fits else f'no; {_what_would(parsed)}'}")
+        show(f"fits          {'yes' if plan.fits else f'no; {_what_would(parsed)}'}")
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sloth.commands.base import Loaded, Loading, ModelName, Quant, parse
+from sloth.commands.base import Loaded, Loading, ModelName, Quant, parse, show
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("--gguf-quant says how --gguf is stored; give --gguf FILE.gguf")
     model = parsed.loading.load(parsed.model, None)
     if parsed.merged is not None:
-        print(f"merged  {model.save_merged(parsed.merged)}")
+        show(f"merged  {model.save_merged(parsed.merged)}")
     if parsed.base is not None:
-        print(f"base    {model.save_base(parsed.base, quant=parsed.quant)}")
+        show(f"base    {model.save_base(parsed.base, quant=parsed.quant)}")
     if parsed.gguf is not None:
-        print(f"gguf    {model.save_gguf(parsed.gguf, quant=parsed.gguf_quant or 'f16')}")
+        show(f"gguf    {model.save_gguf(parsed.gguf, quant=parsed.gguf_quant or 'f16')}")
     if parsed.gguf_adapter is not None:
-        print(f"adapter {model.save_adapter(parsed.gguf_adapter, format='gguf')}")
+        show(f"adapter {model.save_adapter(parsed.gguf_adapter, format='gguf')}")
     return 0

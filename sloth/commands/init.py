@@ -12,11 +12,11 @@ import tyro
 import yaml
 
 from sloth.commands.axolotl import Conversion, convert
-from sloth.commands.base import parse
+from sloth.commands.base import parse, show
 from sloth.errors import OutputExists
 from sloth.lora_config import LoraConfig
+from sloth.redact import Redactor
 from sloth.train.config import TrainConfig, load_config
-from sloth.train.redact import Redactor
 from sloth.train.yaml_file import read_yaml
 
 WIDTH = 96
@@ -42,20 +42,20 @@ def run(arguments: Sequence[str]) -> int:
     text = Redactor().text(render(config, found.origins))
     parsed.file.write_text(text, encoding="utf-8")
     load_config(parsed.file)
-    print(f"{parsed.file} written; use it as")
-    print(f"  {found.command(str(parsed.file))}")
+    show(f"{parsed.file} written; use it as")
+    show(f"  {found.command(str(parsed.file))}")
     if parsed.from_ is not None:
         _tell(found, parsed.from_.name)
     return 0
 
 
 def _tell(found: Conversion, source: str) -> None:
-    print(f"\nfrom {source}: {len(found.settings)} settings, and the arguments above")
+    show(f"\nfrom {source}: {len(found.settings)} settings, and the arguments above")
     if found.unneeded:
-        print(f"so anyway: {', '.join(found.unneeded)}")
+        show(f"so anyway: {', '.join(found.unneeded)}")
     for key, why in found.left.items():
-        print(Redactor().text(f"not taken  {key}: {why}"))
-    print(
+        show(f"not taken  {key}: {why}")
+    show(
         "\nbatch_size * grad_accum rows are a step of sloth on any number of GPUs; Axolotl's step "
         "is so many on each"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from sloth.commands.base import parse
+from sloth.commands.base import parse, show
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,5 @@ def run(arguments: Sequence[str]) -> int:
     pushed = push_folder(
         parsed.folder, parsed.repo, private=not parsed.public, message=parsed.message
     )
-    print(f"{pushed.url}  {'public' if parsed.public else 'private'}, commit {pushed.commit[:12]}")
+    show(f"{pushed.url}  {'public' if parsed.public else 'private'}, commit {pushed.commit[:12]}")
     return 0

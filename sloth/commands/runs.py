@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from sloth.commands.base import parse
+from sloth.commands.base import parse, show
 from sloth.train.history import RunHistory, find_runs, mean
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = parse(Runs, "runs", arguments)
     if parsed.compare is not None:
         first, second = (_find(parsed.folder, name) for name in parsed.compare)
-        print("\n".join(compared(first, second)))
+        show("\n".join(compared(first, second)))
         return 0
     runs = find_runs(parsed.folder)
     if not runs:
@@ -45,8 +45,8 @@ def run(arguments: Sequence[str]) -> int:
         best = "-" if held.best is None else f"{held.best[1]:.4f} at {held.best[0]}{star}"
         last = "-" if held.last_loss is None else f"{held.last_loss:.4f}"
         rows.append((held.name, held.model, str(held.steps), last, best, held.status(now)))
-    print("\n".join(_table(rows)))
-    print("\nbest loss: the lowest on held-out rows; * of a step, where there are none")
+    show("\n".join(_table(rows)))
+    show("\nbest loss: the lowest on held-out rows; * of a step, where there are none")
     return 0
 
 

@@ -14,11 +14,11 @@ from pydantic import Field
 
 from sloth.commands import launch
 from sloth.commands.arguments import config_path, spell_out_resume
-from sloth.commands.base import Loaded, Loading, ModelName, parse, print_rows
+from sloth.commands.base import Loaded, Loading, ModelName, parse, print_rows, show
 from sloth.lora_config import LoraConfig
 from sloth.quiet import give_up_on_broken, tell
+from sloth.redact import Redactor
 from sloth.train.config import TrainConfig, load_config, with_overrides
-from sloth.train.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -104,6 +104,8 @@ def _read(arguments: Sequence[str]) -> tuple[Train, TrainConfig]:
     from_file = load_config(config_path(arguments))
     wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
     values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
+    if "--help" in arguments or "-h" in arguments:  # which shows the file's settings as defaults
+        values = {name: Redactor().value(value) for name, value in values.items()}
     shown = Settings.model_construct(**{**values, "lora": from_file.lora or LoraConfig()})
     parsed = parse(Train, "train", arguments, Train(tyro.MISSING, tyro.MISSING, shown))
     if parsed.gpus is not None and parsed.gpus < 1:
@@ -126,10 +128,10 @@ def _show_plan(model: Model, parsed: Train, config: TrainConfig) -> None:
     batch, seq = trainer.data.pass_shape(config.batch_size)
     plan = predict(model, batch, seq, config.optimizer)
     print_rows(rows)
-    print(f"\nmemory of the largest pass\n{plan}")
+    show(f"\nmemory of the largest pass\n{plan}")
     if plan.budget_gib is not None:
-        print(f"fits          {'yes' if plan.fits else 'no; smaller passes will be tried'}")
-    print("\nsettings")
+        show(f"fits          {'yes' if plan.fits else 'no; smaller passes will be tried'}")
+    show("\nsettings")
     print_rows(_settings(config))
 
 

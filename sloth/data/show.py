@@ -9,6 +9,7 @@ from rich.text import Text
 
 from sloth.data.dataset import Dataset
 from sloth.data.examples import UNTRAINED, Example
+from sloth.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -25,6 +26,13 @@ def describe_first_row(data: Dataset, tokenizer: Tokenizer) -> Text:
         return describe_row(data.examples[0], tokenizer)
     chosen, rejected = (describe_row(example, tokenizer) for example in data.examples[:2])
     return Text("\n").join((Text("chosen:"), chosen, Text("rejected:"), rejected))
+
+
+def without_secrets(text: str | Text) -> Text:
+    """For a person to see; the style is lost where there are some."""
+    plain = text if isinstance(text, str) else text.plain
+    safe = Redactor().text(plain)
+    return text if isinstance(text, Text) and safe == plain else Text(safe)
 
 
 def describe_row(example: Example, tokenizer: Tokenizer) -> Text:

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from sloth import __version__
+from sloth.redact import Redactor
 from sloth.train.facts import DataFacts, Training
 from sloth.train.plot import plot_losses
-from sloth.train.redact import Redactor
 
 MAX_LOSS_ROWS = 12
 _HUB_DATA = "hf://datasets/"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sloth.data.counts import DataCounts
 from sloth.machine import describe_machine
-from sloth.train.redact import Redactor
+from sloth.redact import Redactor
 
 if TYPE_CHECKING:
     from sloth.data.dataset import Dataset

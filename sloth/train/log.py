@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from sloth.data.show import without_secrets
 from sloth.quiet import QuietStream
+from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
-from sloth.train.redact import Redactor
 
 GIB = 2**30
 MAX_PLAIN_LINES = 100
@@ -106,10 +107,7 @@ class RunLog:
 
     def notice(self, text: str | Text) -> None:
         """One line or block; markup in it is not interpreted."""
-        plain = text if isinstance(text, str) else text.plain
-        safe = self._redactor.text(plain)
-        shown = text if isinstance(text, Text) and safe == plain else Text(safe)
-        self.console.print(shown, highlight=False)
+        self.console.print(without_secrets(text), highlight=False)
 
     def step(self, record: StepRecord) -> None:
         """Report an optimizer step."""

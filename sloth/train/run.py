@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from sloth.errors import AdapterMismatch
+from sloth.redact import Redactor
 from sloth.train.config import TrainConfig
 from sloth.train.optim import eight_bit_library
-from sloth.train.redact import Redactor
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 

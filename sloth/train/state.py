@@ -19,6 +19,7 @@ from sloth import __version__
 from sloth.errors import CheckpointMismatch
 from sloth.formats.tensor_file import num_bytes
 from sloth.lora_config import LoraConfig
+from sloth.redact import Redactor
 from sloth.train import checkpoint
 from sloth.train.config import TrainConfig
 from sloth.train.evaluate import best_step
@@ -34,7 +35,6 @@ from sloth.train.optim import (
 )
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress
-from sloth.train.redact import Redactor
 from sloth.train.run import write_settings
 from sloth.train.saving import Saver
 
@@ -128,7 +128,10 @@ class TrainState:
         state = {
             "progress": asdict(self.progress),
             "identity": asdict(self.identity),
-            "model": {"name": self.model.name, "revision": self.model.revision},
+            "model": {
+                "name": Redactor().text(self.model.name),
+                "revision": self.model.revision,
+            },
             "versions": {"sloth": __version__, "torch": torch.__version__},
         }
         tensors: checkpoint.TensorFiles = {

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.records import EvalRecord, StepRecord
 
@@ -80,7 +82,10 @@ class Wandb(Callback):
     def start(self, output: Path, settings: dict[str, Any]) -> None:
         self._library = importlib.import_module(self.module)
         self._library.init(
-            project=self._project, name=output.name, config=settings, **self._continued(output)
+            project=self._project,
+            name=Redactor().text(output.name),
+            config=settings,
+            **self._continued(output),
         )
 
     def step(self, record: StepRecord) -> None:
@@ -116,7 +121,7 @@ class MLflow(Callback):
     def start(self, output: Path, settings: dict[str, Any]) -> None:
         self._library = importlib.import_module("mlflow")
         self._library.set_experiment(self._project)
-        self._library.start_run(run_name=output.name)
+        self._library.start_run(run_name=Redactor().text(output.name))
         self._library.log_params(settings)
 
     def step(self, record: StepRecord) -> None:
@@ -175,7 +180,9 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raise ValueError, before anything is loaded, for a library that is not installed."""
     for name in names:
         package = _TRACKERS[name][1]
-        if importlib.util.find_spec(package) is None:
+        # What is imported already is there, whether or not it says from where.
+        is_here = sys.modules.get(package) is not None
+        if not is_here and importlib.util.find_spec(package) is None:
             raise ValueError(f"trackers: {name} is not installed; pip install {package}")
 
 
@@ -183,4 +190,5 @@ def build_trackers(
     names: Sequence[str], project: str | None, notice: Callable[[str], None]
 ) -> list[Callback]:
     """The callbacks of these names."""
+    project = Redactor().text(project) if project is not None else None
     return [Guarded(name, _TRACKERS[name][0](project), notice) for name in names]

@@ -8,11 +8,16 @@ from types import ModuleType
 
 import pytest
 
+import sloth
+from sloth import cli
+from sloth.lora_config import LoraConfig
+from sloth.redact import HIDDEN, Redactor
 from sloth.train.callbacks import Callback
-from sloth.train.redact import HIDDEN, Redactor
 from sloth.train.trackers import require_trackers
 from sloth.train.trainer import Trainer
-from tests.train.fakes import ROWS, FakeModel
+from tests.commands.models import save_texts, save_tiny_model
+from tests.oracles import save_tiny_llama
+from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 from tests.train.runs import ROOT, SETTINGS, train
 
 EVALUATED = {**SETTINGS, "eval_data": ROWS[:2], "eval_steps": 3, "save_steps": 4}
@@ -154,6 +159,12 @@ def test_a_tracker_that_is_not_installed_is_refused_before_data_is_read(monkeypa
         Trainer(FakeModel(), "no-such-file.jsonl", trackers=["wandb"])
 
 
+def test_a_tracker_module_that_says_not_where_it_is_from_will_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    assert sys.modules["wandb"].__spec__ is None
+    require_trackers(["wandb"])
+
+
 def test_no_tracker_library_is_imported_unless_asked_for():
     script = (
         "import sys, sloth.train.trainer; "
@@ -194,6 +205,57 @@ def test_no_secret_of_the_environment_or_the_settings_reaches_a_file_or_the_term
     assert any(HIDDEN in text for text in written)
 
 
+def test_row_32_a_secret_in_the_name_of_the_model_or_a_folder_gets_into_no_file(
+    tmp_path, monkeypatch, capsys
+):
+    """Such as the part of a path. Files of an adapter and of a whole model."""
+    base = save_tiny_llama(tmp_path / HF)
+    library = Library("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    for settings in ({"lora": LoraConfig(r=2)}, {}):
+        model = sloth.load(base, device="cpu")
+        model._tokenizer = FakeTokenizer()
+        output = tmp_path / f"{len(settings)}-{HF}"
+        report = model.train(ROWS, output=output, max_steps=1, trackers=["mlflow"], **settings)
+        model.training = None
+        files = [path for path in report.paths["output"].rglob("*") if path.is_file()]
+        names = {path.name for path in files}
+        assert {"state.json", "README.md", "run.json"} <= names
+        assert ("adapter_config.json" in names) == bool(settings)
+        for path in files:
+            assert HF not in path.read_bytes().decode("latin-1"), path.name
+    captured = capsys.readouterr()
+    assert HF not in captured.out + captured.err + repr(library.calls)
+
+
+def test_row_32_nothing_that_a_command_prints_holds_a_secret(tmp_path, monkeypatch, capsys):
+    """Paths in results, plans and counts, mistakes, defaults from a file."""
+    place = tmp_path / HF
+    place.mkdir()
+    base = save_tiny_model(place / "base")
+    data = save_texts(place / "rows.jsonl")
+    (place / "c.yaml").write_text(f"output: {place}/run\nsample_prompts: [say {HF}]\n")
+    train = ["train", str(base), str(data), "--max-steps", "1", "--device", "cpu"]
+    config = ["--config", str(place / "c.yaml")]
+    for arguments, code in (
+        ([*train, "--lora.r", "2", "--output", f"{place}/run"], 0),
+        ([*train, "--lora.r", "2", *config, "--output", f"{place}/new", "--dry-run"], 0),
+        ([*train, *config, "--help"], 0),
+        ([*train, "--token", HF], 2),
+        ([*train, "--lr", HF], 2),
+        (["data", "check", str(data), "--model", str(base)], 0),
+        (["info", str(base), "--device", "cpu"], 0),
+        (["runs", str(place)], 0),
+        (["runs", str(place), "--compare", f"{place}/run", f"{place}/none"], 2),
+        (["export", str(base), "--base", f"{place}/out", "--device", "cpu"], 0),
+        ([f"train-{HF}"], 2),
+    ):
+        assert cli.main(arguments) == code, arguments
+        captured = capsys.readouterr()
+        shown = "".join((captured.out + captured.err).split())
+        assert HF[-9:] not in shown and HF[:9] not in shown, arguments  # lines may end inside of it
+
+
 def test_known_shapes_are_hidden_and_ordinary_text_is_not():
     redactor = Redactor(
         {"API_KEY": "short", "DB_PASSWORD": "p.a+s(s)word", "HOME": "/home/someone"}
@@ -201,6 +263,13 @@ def test_known_shapes_are_hidden_and_ordinary_text_is_not():
     for secret in (HF, *OTHERS, "p.a+s(s)word"):
         assert secret not in redactor.text(f"see {secret}, ok")
     assert redactor.text("https://me:pass@host/x") == f"https://me:{HIDDEN}@host/x"
+    names = {
+        "TOKENIZER_PATH": "/data/tokenizer",
+        "MAX_TOKENS": "100000000",
+        "PGPASSWORD": "12345678",
+    }
+    said = "/data/tokenizer 100000000 12345678"
+    assert Redactor(names).text(said) == f"/data/tokenizer 100000000 {HIDDEN}"
     plain = "hf_hub is short /home/someone step-000003 sk-learn https://host:80/a@b"
     assert redactor.text(plain) == plain
     assert redactor.value({"a": [HF, 3, None], "b": {"c": (1.5, HF)}}) == {

@@ -1,4 +1,4 @@
-"""Keeping secrets out of what a run writes: logs, config.yaml, state.json, trackers.
+"""Keeping secrets out of what is printed and written: logs, settings, cards, exports, trackers.
 
 Hidden are strings that look like a key of a known service, passwords in URLs, and the values of
 environment variables whose name says that they are one. A run's settings have no field for a token;
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 HIDDEN = "[redacted]"
@@ -24,7 +25,10 @@ _KEY = re.compile(
     r"|xox[abpr]-[A-Za-z0-9-]{10,})"  # Slack
 )
 _URL_PASSWORD = re.compile(r"(://[^\s/:@]*:)[^\s/@]+@")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY")
+# Whole words at the end, as in PGPASSWORD: a TOKENIZER is none, nor are MAX_TOKENS.
+_SECRET_NAME = re.compile(
+    r"(?:TOKEN|SECRETS?|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_?KEY)(?![A-Z])"
+)
 
 
 class Redactor:
@@ -46,10 +50,16 @@ class Redactor:
             text = self._known.sub(HIDDEN, text)
         return _URL_PASSWORD.sub(rf"\1{HIDDEN}@", _KEY.sub(HIDDEN, text))
 
+    def path(self, path: Path) -> Path:
+        """The same of a path."""
+        return Path(self.text(str(path)))
+
     def value(self, value: Any) -> Any:
-        """The same in every string of a JSON-like value."""
+        """The same in every string and path of a JSON-like value."""
         if isinstance(value, str):
             return self.text(value)
+        if isinstance(value, Path):
+            return self.path(value)
         if isinstance(value, Mapping):
             return {name: self.value(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -50,7 +50,7 @@ def write_card(folder: Path, subject: Subject, training: Training | None) -> Non
     picture = None
     if training is not None and training.losses:
         paths = plot_losses(folder, training.losses, training.eval_losses)
-        picture = paths.get("loss_png", paths["loss_svg"]).name
+        picture = next((paths[n].name for n in ("loss_png", "loss_svg") if n in paths), None)
     text = Redactor().text(render_card(subject, training, picture))
     (folder / "README.md").write_text(text, encoding="utf-8")
 

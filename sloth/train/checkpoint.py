@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sloth.errors import CheckpointMismatch
 from sloth.formats.tensor_file import write_tensors
+from sloth.train import publish
 
 KEEP = 2
 
@@ -68,7 +69,7 @@ def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[s
     """run/weights-<step> in place of those of an earlier step: smaller than a checkpoint, and no
     place to resume from.
     """
-    final = run / f"weights-{step:06d}"
+    final = run / weights_name(step)
     _publish(final, tensors, state, None)
     for path in run.glob(_WEIGHTS):
         if path != final:
@@ -158,7 +159,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for pattern in _UNFINISHED:
+    for pattern in (*_UNFINISHED, *publish.UNFINISHED):
         for path in run.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -182,6 +183,16 @@ def copy_parameters(
     parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: Path
 ) -> None:
     """Fill parameters from a checkpoint. Raises CheckpointMismatch, naming the first misfits."""
+    check_parameters(parameters, stored, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+
+
+def check_parameters(
+    parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise CheckpointMismatch where these are not those of a checkpoint."""
     wrong = [f"missing {name}" for name in parameters if name not in stored]
     wrong += [f"unexpected {name}" for name in stored if name not in parameters]
     wrong += [
@@ -193,9 +204,6 @@ def copy_parameters(
     ]
     if wrong:
         raise CheckpointMismatch(f"{source} is of another model: {'; '.join(wrong[:6])}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
 
 
 def step_of(folder: Path) -> int:
@@ -208,6 +216,11 @@ def step_of(folder: Path) -> int:
 def folder_name(step: int) -> str:
     """The name of a step's checkpoint folder."""
     return f"step-{step:06d}"
+
+
+def weights_name(step: int) -> str:
+    """The name of the folder for a step's weights alone."""
+    return f"weights-{step:06d}"
 
 
 def _prune(run: Path, newest: Path, best_step: int | None) -> None:

@@ -1,12 +1,14 @@
-"""The folder of a run: which may be one, and what is published in it at the end."""
+"""The folder of a run: which may be one, and that it is this run's alone."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from sloth.errors import OutputExists
 from sloth.train.checkpoint import (
@@ -17,17 +19,20 @@ from sloth.train.checkpoint import (
     step_of,
 )
 from sloth.train.config import TrainConfig
+from sloth.train.history import FACTS
+from sloth.train.publish import refuse_foreign, refuse_replacing
 from sloth.train.ranks import Ranks
 
 RUNS = Path("runs")
 
 
-def claim_output(config: TrainConfig) -> tuple[Path, Path | None]:
-    """Make the run's folder; return it and the checkpoint to resume from, or None.
+def choose_output(config: TrainConfig, model_name: str) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to resume from or None. Writes nothing.
 
     resume=True with no checkpoint yet starts from the beginning. Raises OutputExists for a folder
-    that holds files, ValueError for a resume without a place, CheckpointMismatch for damaged
-    checkpoints.
+    that holds other things than a run to continue, and for one whose results would replace the
+    model that is trained or somebody's files; ValueError for a resume without a place;
+    CheckpointMismatch for damaged checkpoints.
     """
     output, source = config.output, None
     if config.resume is True:
@@ -42,24 +47,73 @@ def claim_output(config: TrainConfig) -> tuple[Path, Path | None]:
         output = output or source.parent
     output = output or _new_folder()
     _refuse_branching(source, output)
-    continues = config.resume is True or (source is not None and source.parent == output)
-    if output.exists() and not output.is_dir():
-        raise OutputExists(f"{output} is a file; choose another output")
-    if not continues and output.is_dir() and any(output.iterdir()):
-        raise OutputExists(
-            f"{output} exists and is not empty; choose another, or continue it with resume=True"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output)
+    _refuse_strangers(config, source, output)
+    refuse_replacing(model_name, output)
+    refuse_foreign(output)
     return output, source
 
 
-def claim_once(config: TrainConfig, ranks: Ranks) -> tuple[Path, Path | None]:
-    """`claim_output` in the first rank, its answer in all."""
-    claimed: list[Path | None] = []
-    ranks.first(lambda: claimed.extend(claim_output(config)))
-    output, source = json.loads(ranks.tell(json.dumps([str(path or "") for path in claimed])))
-    return Path(output), Path(source) if source else None
+@contextmanager
+def claimed(
+    config: TrainConfig, model_name: str, ranks: Ranks
+) -> Iterator[tuple[Path, Path | None]]:
+    """`choose_output` in the first rank, its answer in all. Inside, the folder is there, free of
+    what a dead process left half written, and this run's alone. Raises OutputExists while another
+    process trains there.
+    """
+    chosen: list[Path | None] = []
+    with ExitStack() as held:
+
+        def claim() -> None:
+            output, source = choose_output(config, model_name)
+            output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(output))
+            remove_unfinished(output)
+            chosen.extend((output, source))
+
+        ranks.first(claim)
+        told = json.loads(ranks.tell(json.dumps([str(path or "") for path in chosen])))
+        yield Path(told[0]), Path(told[1]) if told[1] else None
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """A lock on the folder itself, which goes with the process; nothing where systems have none."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExists(
+                f"another process trains in {output}; choose another output, or wait for its end"
+            ) from error
+        except OSError:  # some network drives have no locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def _refuse_strangers(config: TrainConfig, source: Path | None, output: Path) -> None:
+    """Raise OutputExists unless the folder is new or empty, or holds the run to continue."""
+    if output.exists() and not output.is_dir():
+        raise OutputExists(f"{output} is a file; choose another output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if config.resume is True and not (checkpoints(output) or (output / FACTS).is_file()):
+        raise OutputExists(
+            f"{output} is not empty, and holds neither checkpoints nor the {FACTS} of a run to "
+            "continue; choose another output"
+        )
+    if config.resume is not True and (source is None or source.parent != output):
+        raise OutputExists(
+            f"{output} exists and is not empty; choose another, or continue it with resume=True"
+        )
 
 
 def _refuse_branching(source: Path | None, output: Path) -> None:
@@ -75,18 +129,6 @@ def _refuse_branching(source: Path | None, output: Path) -> None:
             f"{output} holds newer checkpoints than {source.name} ({', '.join(newer)}), and the "
             "newest one is resumed from; give another output, or delete them"
         )
-
-
-def publish_weights(model: Any, output: Path) -> dict[str, Path]:
-    """Save output/adapter, or output/model after full training; a resumed run replaces its own."""
-    name = "adapter" if model.has_adapter else "model"
-    folder = output / name
-    shutil.rmtree(folder, ignore_errors=True)
-    if name == "adapter":
-        model.save_adapter(folder)
-    else:
-        model.save_merged(folder)
-    return {name: folder}
 
 
 def _new_folder() -> Path:

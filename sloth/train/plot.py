@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,19 +22,28 @@ Curve = Sequence[tuple[float, float]]
 
 
 def plot_losses(
-    folder: Path, losses: Sequence[float], eval_losses: Mapping[int, float]
+    folder: Path,
+    losses: Sequence[float],
+    eval_losses: Mapping[int, float],
+    notice: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Path]:
     """Write the pictures and return their paths by the report's names, loss_svg and loss_png.
 
-    losses[i] belongs to step i + 1. Steps whose loss is not finite leave a gap.
+    losses[i] belongs to step i + 1. Steps whose loss is not finite leave a gap. A picture that
+    fails is left out and a notice, whatever the reason: it is none to fail.
     """
-    paths = {"loss_svg": folder / "loss.svg"}
-    train = list(enumerate(losses, start=1))
-    held_out = sorted(eval_losses.items())
-    paths["loss_svg"].write_text(loss_svg(train, held_out), encoding="utf-8")
+    train, held_out = list(enumerate(losses, start=1)), sorted(eval_losses.items())
+    drawn = {"loss_svg": _write_svg}
     if importlib.util.find_spec("matplotlib") is not None:
-        paths["loss_png"] = folder / "loss.png"
-        _write_png(paths["loss_png"], train, held_out)
+        drawn["loss_png"] = _write_png
+    paths = {}
+    for name, draw in drawn.items():
+        path = folder / name.replace("_", ".")
+        try:
+            draw(path, train, held_out)
+            paths[name] = path
+        except Exception as error:
+            notice(f"WARNING: {path} could not be drawn: {type(error).__name__}: {error}")
     return paths
 
 
@@ -134,6 +144,10 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     first = math.ceil(low / step)
     return [index * step for index in range(first, math.floor(high / step) + 1)]
+
+
+def _write_svg(path: Path, train: Curve, held_out: Curve) -> None:
+    path.write_text(loss_svg(train, held_out), encoding="utf-8")
 
 
 def _write_png(path: Path, train: Curve, held_out: Curve) -> None:

@@ -93,6 +93,13 @@ class Saver:
             return "there is no checkpoint yet"
         return f"the last checkpoint, {self.newest}, is good"
 
+    def holder_of(self, step: int) -> Path | None:
+        """The checkpoint or the rescue that has the weights of a step, if there is one."""
+        if self.newest is not None and checkpoint.step_of(self.newest) == step:
+            return self.newest
+        rescued = self.output / checkpoint.weights_name(step)
+        return rescued if checkpoint.is_good(rescued) else None
+
     @contextmanager
     def explaining_out_of_memory(self) -> Iterator[None]:
         """Inside, memory that runs out ends in OutOfMemory, which says what there is to go back to.
@@ -134,7 +141,10 @@ class Saver:
             raise OSError(f"it takes {_mib(wanted_bytes)} and {_mib(free)} are free")
 
     def _free_bytes(self) -> int:
-        return shutil.disk_usage(self.output).free
+        there = self.output  # of a dry run, not made yet
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        return shutil.disk_usage(there).free
 
 
 def _mib(count: int) -> str:

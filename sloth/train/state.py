@@ -6,7 +6,7 @@ whole, and put back whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sloth import __version__
-from sloth.errors import CheckpointMismatch
 from sloth.formats.tensor_file import num_bytes
 from sloth.lora_config import LoraConfig
 from sloth.redact import Redactor
@@ -143,15 +142,24 @@ class TrainState:
         step = self.progress.step
         self.ranks.first(saver.save, step, tensors, state, self._add_files, best)
 
+    def check_resume(self, source: Path) -> tuple[dict[str, Any], list[str]]:
+        """A checkpoint's state, and the allowed changes in words. Raises ValueError for others."""
+        state = checkpoint.read_state(source)
+        before = Identity(**state["identity"])
+        return state, refuse_changes(before, self.identity, source, self.config.allow_change)
+
+    def try_resume(self, source: Path) -> None:
+        """Raise what `resume` would, and change nothing."""
+        self.check_resume(source)
+        stored = checkpoint.read_tensors(source, "trainable")
+        checkpoint.check_parameters(self.masters.by_name, stored, source)
+
     def resume(self, source: Path) -> list[str]:
         """Continue from a checkpoint; the allowed changes, in words.
 
         Raises ValueError for changes that are not allowed, CheckpointMismatch.
         """
-        state = checkpoint.read_state(source)
-        changed = refuse_changes(
-            Identity(**state["identity"]), self.identity, source, self.config.allow_change
-        )
+        state, changed = self.check_resume(source)
         self._load_weights(source)
         moments = checkpoint.read_tensors(source, "optimizer")
         load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
@@ -160,23 +168,38 @@ class TrainState:
         self.progress = Progress(**state["progress"])
         return changed
 
-    def load_best(self, places: Sequence[Path]) -> Path:
-        """Go back to the weights of the lowest evaluation loss, in the first place that has them.
-
-        Raises CheckpointMismatch when none has.
+    def load_best(self, places: Sequence[Path], notice: Callable[[str], None]) -> Path | None:
+        """Go back to the weights of the lowest evaluation loss: its checkpoint, in the first place
+        that has it whole. Where none has, to those of the next lowest, or none: with a warning, as
+        a run is worth more than its best weights.
         """
-        step = best_step(self.progress.held_out)
-        if step is None:
-            raise CheckpointMismatch("load_best: no evaluation loss of this run was finite")
-        name = checkpoint.folder_name(step)
-        for place in places:
-            if checkpoint.is_good(place / name):
-                self._load_weights(place / name)
-                return place / name
-        raise CheckpointMismatch(
-            f"load_best: {name}, with the lowest evaluation loss, is not whole in "
-            f"{' or '.join(map(str, places))}"
-        )
+        best = best_step(self.progress.held_out)
+        found = self.ranks.tell(str(self._find_best(places) if self.ranks.is_first else ""))
+        if not found:
+            lost = "no evaluation loss of this run was finite"
+            if best is not None:
+                lost = f"no checkpoint with an evaluation loss is whole in {_named(places)}"
+            notice(f"WARNING: load_best: {lost}; the weights of the last step are published")
+            return None
+        folder = Path(found)
+        if best is not None and checkpoint.step_of(folder) != best:
+            notice(
+                f"WARNING: load_best: {checkpoint.folder_name(best)}, with the lowest evaluation "
+                f"loss, is not whole in {_named(places)}; the best of the others, {folder.name}, "
+                "is published"
+            )
+        self.ranks.together(lambda: self._load_weights(folder))
+        return folder
+
+    def _find_best(self, places: Sequence[Path]) -> Path | str:
+        """The whole checkpoint with the lowest finite evaluation loss; "" without any."""
+        losses = dict(self.progress.held_out)
+        while (step := best_step(losses)) is not None:
+            del losses[step]
+            for place in places:
+                if checkpoint.is_good(place / checkpoint.folder_name(step)):
+                    return place / checkpoint.folder_name(step)
+        return ""
 
     def _load_weights(self, source: Path) -> None:
         stored = checkpoint.read_tensors(source, "trainable")
@@ -186,6 +209,10 @@ class TrainState:
     def _add_files(self, folder: Path) -> None:
         self.model.tokenizer.save(folder)
         write_settings(self.config, folder)
+
+
+def _named(places: Sequence[Path]) -> str:
+    return " or ".join(map(str, places))
 
 
 def _attach_adapter(model: Trainable, config: TrainConfig) -> str | None:

@@ -37,8 +37,9 @@ from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
 from sloth.train.objectives import objective_of
 from sloth.train.optim import clip_gradients, gradient_norm, make_moments, set_learning_rate
-from sloth.train.output import claim_once, publish_weights
+from sloth.train.output import choose_output, claimed
 from sloth.train.plot import plot_losses
+from sloth.train.publish import publish_weights
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import (
@@ -123,14 +124,15 @@ class Trainer:
                 self.ranks,
                 seeded(config, self.model.device),
                 noisy_embeddings(network, config.neftune),
+                claimed(config, self.model.name, self.ranks) as (output, source),
             ):
-                output, source = claim_once(config, self.ranks)
                 self.state = self._new_state()
                 changed = self.ranks.together(lambda: self._resumed(source))
+                facts = RunFacts.of(self.state, config, self.data, self.eval_data)
+                self.ranks.first(facts.write, output, source)  # first: a run's folder is told by it
                 with self._new_log(output) as log, StopRequest() as stop:
                     saver = Saver(output, log.notice, log.saved, newest=source)
-                    facts = RunFacts.of(self.state, config, self.data, self.eval_data)
-                    self.ranks.first(self._begin, output, source, saver, facts)
+                    self.ranks.first(self._begin, output, saver)
                     self.ranks.first(log.start, config.plain())
                     announce(log.notice, self, output, source, changed)
                     self._train(log, saver, stop)
@@ -146,7 +148,13 @@ class Trainer:
         there. An adapter that the settings ask for is attached to the model.
         """
         with self.ranks, seeded(self.config, self.model.device):
+            output, source = choose_output(self.config, self.model.name)
             self.state = self._new_state()
+            if source is not None:
+                self.state.try_resume(source)
+            Saver(output, say, lambda step, folder: None).require_room(
+                self.state.checkpoint_bytes()
+            )
             with noisy_embeddings(self.model.network, self.config.neftune):
                 return describe_plan(self)
 
@@ -154,11 +162,10 @@ class Trainer:
         """What is allowed to differ from the checkpoint that was put back, if there is one."""
         return [] if source is None else self.state.resume(source)
 
-    def _begin(self, output: Path, source: Path | None, saver: Saver, facts: RunFacts) -> None:
+    def _begin(self, output: Path, saver: Saver) -> None:
         """What must be there before the first step."""
         saver.require_room(self.state.checkpoint_bytes())
         write_settings(self.config, output)
-        facts.write(output, source)
 
     def _train(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         """The loop, with gradients where the optimizer looks for them."""
@@ -328,9 +335,11 @@ class Trainer:
             progress.seconds,
         )
 
-    def _publish(self, output: Path, paths: dict[str, Path]) -> None:
-        paths |= plot_losses(output, self.progress.losses, self.progress.held_out)
-        paths |= publish_weights(self.model, output)
+    def _publish(self, output: Path, paths: dict[str, Path], saver: Saver) -> None:
+        """The weights, then the pictures."""
+        holder = paths.get("best") or saver.holder_of(self.progress.step)
+        paths |= publish_weights(self.model, output, holder)
+        paths |= plot_losses(output, self.progress.losses, self.progress.held_out, saver.notice)
 
     def _finish(self, output: Path, source: Path | None, saver: Saver) -> TrainReport:
         progress, best = self.progress, best_step(self.progress.held_out)
@@ -342,11 +351,12 @@ class Trainer:
         }
         if self.config.load_best:
             places = [output, *([source.parent] if source else [])]
-            paths["best"] = self.ranks.together(lambda: self.state.load_best(places))
+            loaded = self.state.load_best(places, saver.notice)
+            paths |= {"best": loaded} if loaded is not None else {}
         if saver.newest is not None:
             paths["checkpoint"] = saver.newest
 
-        self.ranks.first(self._publish, output, paths)
+        self.ranks.first(self._publish, output, paths, saver)
         self.ranks.first(saver.finish)
         return TrainReport(
             losses=progress.losses,

@@ -1,0 +1,135 @@
+"""What a run leaves at its end: output/adapter, or output/model after full training.
+
+A folder is written aside and takes its name by a rename. What stood there before is deleted only if
+a run of this folder wrote it and it still is as it was: published.json lists its files with their
+sizes, of the old folder and of the new one while they change places, so that a kill in between
+leaves both known. Anything else is somebody's, and stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sloth.errors import OutputExists, SaveFailed
+
+RECORD = "published.json"
+NAMES = ("adapter", "model")
+UNFINISHED = tuple(f"{name}.{stage}-*" for name in NAMES for stage in ("new", "old"))
+
+Files = dict[str, int]
+
+
+def publish_weights(model: Any, output: Path, holder: Path | None) -> dict[str, Path]:
+    """Save what was trained; the folder under its name. A resumed run replaces its own.
+
+    holder: a checkpoint with these weights. Raises SaveFailed, naming it, where the disk does not
+    take them.
+    """
+    name = "adapter" if model.has_adapter else "model"
+    try:
+        return {name: _publish(model, output, name)}
+    except (OSError, SafetensorError) as error:
+        there = f"{holder} holds them; resume=True publishes again" if holder else "they are lost"
+        raise SaveFailed(
+            f"the trained weights could not be written to {output / name}: {error}; {there}"
+        ) from error
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raise OutputExists for a folder of a name that a run publishes under, and that none wrote."""
+    for name in NAMES:
+        folder = output / name
+        strange = _strange_files(folder, _record(output).get(name, []))
+        if strange:
+            raise OutputExists(
+                f"{folder} holds what no run of {output} wrote ({', '.join(strange[:3])}), and "
+                f"this one would publish there; move it away, or choose another output"
+            )
+
+
+def refuse_replacing(model_name: str, output: Path) -> None:
+    """Raise OutputExists for an output whose published folder would take the place of the model
+    that is trained, or of a folder around it.
+    """
+    loaded = Path(model_name).expanduser().resolve()
+    for name in NAMES:
+        folder = (output / name).resolve()
+        if loaded.exists() and (loaded == folder or folder in loaded.parents):
+            raise OutputExists(
+                f"the model was loaded from {model_name}, and a run in {output} publishes in its "
+                "place; choose another output"
+            )
+
+
+def _publish(model: Any, output: Path, name: str) -> Path:
+    folder, pid = output / name, os.getpid()
+    fresh, aside = (output / f"{name}.{stage}-{pid}" for stage in ("new", "old"))
+    for leftover in (fresh, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save: Callable[[Path], Any] = model.save_adapter if name == "adapter" else model.save_merged
+    try:
+        save(fresh)
+        known = _record(output)
+        now, before = _files(fresh), known.get(name, [])
+        is_own = not _strange_files(folder, before)
+        _write_record(output, {**known, name: [now, *before]})
+        if os.path.lexists(folder):
+            os.rename(folder, aside if is_own else _free_name(folder))
+        os.rename(fresh, folder)
+        _write_record(output, {**known, name: [now]})
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _strange_files(folder: Path, known: list[Files]) -> list[str]:
+    """Of a folder that is not as a run left it, what is strange; nothing where there is none."""
+    if not os.path.lexists(folder):
+        return []
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    held = _files(folder)
+    if held in known:
+        return []
+    expected = known[0] if known else {}
+    return [name for name, size in held.items() if expected.get(name) != size] or [folder.name]
+
+
+def _files(folder: Path) -> Files:
+    """Every file of a folder, by its path in there, with its size."""
+    return {
+        path.relative_to(folder).as_posix(): path.lstat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _free_name(folder: Path) -> Path:
+    """A name beside a folder that was changed since, to keep it under."""
+    return next(
+        place
+        for number in range(1, 10_000)
+        if not os.path.lexists(place := folder.with_name(f"{folder.name}.kept-{number}"))
+    )
+
+
+def _record(output: Path) -> dict[str, list[Files]]:
+    try:
+        told = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _write_record(output: Path, record: dict[str, list[Files]]) -> None:
+    partial = output / f"{RECORD}.tmp"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output / RECORD)

@@ -66,7 +66,7 @@ _ELSEWHERE = {
 }
 
 # What `allow_change` knows beside settings: what else a checkpoint holds of its run.
-FINGERPRINTS = ("data", "base", "ranks")
+FINGERPRINTS = ("data", "base", "ranks", "level", "base_compute")
 
 
 class TrainConfig(BaseModel):

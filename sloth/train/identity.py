@@ -28,7 +28,9 @@ _DERIVED = {"max_steps", "epochs", "lora", "quant"}
 @dataclass(frozen=True)
 class Identity:
     """What makes two runs the same: settings, number of steps, data and base fingerprints,
-    adapter, number of processes.
+    adapter, number of processes, and how products are computed (level and base_compute; a
+    checkpoint of an older version does not say). eval_data: fingerprint of the held-out rows, which
+    may change; what was measured on others is no yardstick then.
     """
 
     settings: dict[str, Any]
@@ -37,6 +39,9 @@ class Identity:
     base: str
     lora: dict[str, Any] | None
     ranks: int = 1
+    level: str | None = None
+    base_compute: str | None = None
+    eval_data: str | None = None
 
 
 def refuse_changes(
@@ -63,6 +68,9 @@ def refuse_changes(
     pairs.append(("data", "data (sha256 of its tokens)", before.data[:16], now.data[:16]))
     pairs.append(("base", "base weights (sha256 of samples)", before.base[:16], now.base[:16]))
     pairs.append(("ranks", "number of processes", before.ranks, now.ranks))
+    if before.level is not None:
+        pairs.append(("level", "kernel level", before.level, now.level))
+        pairs.append(("base_compute", "base_compute", before.base_compute, now.base_compute))
     changes = {said: f"{said} was {a!r}, now {b!r}" for _, said, a, b in pairs if a != b}
     may_change = {said for name, said, _, _ in pairs if name in allowed}
     refused = [text for said, text in changes.items() if said not in may_change]

@@ -86,7 +86,13 @@ class TrainState:
     """
 
     def __init__(
-        self, model: Trainable, config: TrainConfig, num_steps: int, data: str, ranks: Ranks
+        self,
+        model: Trainable,
+        config: TrainConfig,
+        num_steps: int,
+        data: str,
+        eval_data: str | None,
+        ranks: Ranks,
     ) -> None:
         self.model, self.config, self.ranks = model, config, ranks
         self.attached = _attach_adapter(model, config)
@@ -108,6 +114,9 @@ class TrainState:
             base=base_fingerprint(model.network),
             lora=lora.model_dump(mode="json") if lora else None,
             ranks=ranks.size,
+            level=model.level,
+            base_compute=model.network.base_compute,
+            eval_data=eval_data,
         )
 
     def start_equal(self) -> None:
@@ -166,6 +175,10 @@ class TrainState:
         generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
         checkpoint.set_rng(generators, self.model.device)
         self.progress = Progress(**state["progress"])
+        before = Identity(**state["identity"]).eval_data
+        if self.progress.eval_losses and before is not None and before != self.identity.eval_data:
+            self.progress.eval_losses = {}
+            changed.append("held-out rows, so the best loss and patience begin anew")
         return changed
 
     def load_best(self, places: Sequence[Path], notice: Callable[[str], None]) -> Path | None:

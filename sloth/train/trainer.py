@@ -224,9 +224,10 @@ class Trainer:
         return self.state.progress
 
     def _new_state(self) -> TrainState:
-        num_steps, data = self.plan.num_steps, self.data.fingerprint
+        eval_data = self.eval_data.fingerprint if self.eval_data else None
+        data = self.data.fingerprint, eval_data
         state = self.ranks.together(
-            lambda: TrainState(self.model, self.config, num_steps, data, self.ranks)
+            lambda: TrainState(self.model, self.config, self.plan.num_steps, *data, self.ranks)
         )
         state.start_equal()
         return state

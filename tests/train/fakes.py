@@ -131,6 +131,8 @@ class FakeNetwork(nn.Module):
     leaked.
     """
 
+    base_compute = None
+
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,43 @@ def test_changed_data_and_base_are_refused(tmp_path):
         Trainer(FakeModel(), ROWS[1:], **again).run()
     with pytest.raises(ValueError, match="base weights .* was"):
         Trainer(FakeModel(seed=1), ROWS, **again).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: setattr(model, "level", "ops"), "kernel level was 'reference', now 'ops'"),
+        (
+            lambda model: setattr(model.network, "base_compute", "fp8"),
+            "base_compute was None, now 'fp8'",
+        ),
+    ],
+)
+def test_another_way_to_compute_is_refused_or_allowed_by_name(tmp_path, change, said):
+    train(tmp_path / "run", stop_after=2)
+    model = FakeModel()
+    change(model)
+    with pytest.raises(ValueError, match=said):
+        train(tmp_path / "run", model=model, resume=True)
+    allowed = ["level", "base_compute"]
+    model = FakeModel()
+    change(model)
+    _, report = train(tmp_path / "run", model=model, resume=True, allow_change=allowed)
+    assert len(report.losses) == 6
+    before = Identity(**read_identity(report.paths["checkpoint"]))
+    older = replace(before, level=None, base_compute=None, eval_data=None)
+    assert refuse_changes(older, before, tmp_path) == []
+
+
+def test_losses_on_other_held_out_rows_are_no_yardstick(tmp_path, monkeypatch, capsys):
+    """Were they kept, the old lowest one would be the best for ever, and patience would run out."""
+    settings = {"eval_steps": 1, "patience": 3, "load_best": True}
+    losses = iter([0.1, 0.2, 0.3, 5.0, 4.0, 4.5, 4.0])
+    monkeypatch.setattr("sloth.train.held_out.summed", lambda *rest: [next(losses)])
+    train(tmp_path / "run", stop_after=2, eval_data=ROWS[:3], **settings)
+    _, report = train(tmp_path / "run", resume=True, eval_data=ROWS[3:], **settings)
+    assert report.eval_losses == {3: 0.3, 4: 5.0, 5: 4.0, 6: 4.5} and report.best_step == 3
+    assert "held-out rows, so the best loss and patience begin anew" in capsys.readouterr().out
 
 
 def test_what_does_not_change_the_curve_may_change(tmp_path):

@@ -8,8 +8,9 @@ or a text.
     preference          {"prompt", "chosen", "rejected"}       two of them; preference.py reads it
     text                {"text"}                                                               text
 
-`columns` says which column holds which field where a file uses other names. Nothing is guessed in
-silence: a row that fits no format is refused with the columns found and the mapping they suggest.
+`columns` says which column holds which field where a file uses other names. A field that is null is
+none: files of columns have every field in every row. Nothing is guessed in silence: a row that fits
+no format is refused with the columns found and the mapping they suggest.
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ def kind_of(row: Any, where: str) -> str:
     """The row's format by name. Raises DataError, saying what was expected and found."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object, got {name_of(row)}")
+    filled = {field: value for field, value in row.items() if value is not None}
+    try:
+        return _kind_of(filled, where)
+    except DataError:
+        if len(filled) == len(row):
+            raise
+    return _kind_of(row, where)  # whose fields would be right, were they not null
+
+
+def _kind_of(row: Mapping[str, Any], where: str) -> str:
     if "chosen" in row or "rejected" in row:
         _require(row, ("chosen", "rejected"), where)
         return "preference"
@@ -118,7 +129,7 @@ def read_row(row: Any, where: str, has_template: bool) -> tuple[str, Content]:
 
 
 def _chat(row: Mapping[str, Any], kind: str, where: str) -> Chat:
-    field = "messages" if "messages" in row else "conversations"
+    field = "messages" if row.get("messages") is not None else "conversations"
     place = f"{where}: {field}"
     turns = as_list(row[field], place)
     messages = as_turns(turns, place) if kind == "sharegpt" else as_messages(turns, place)

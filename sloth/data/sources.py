@@ -5,7 +5,7 @@
     .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
     hf://datasets/owner/name[@revision][/folder]     Parquet files of a data set on the hub
     a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
-    mapping of splits, such as a `datasets.DatasetDict`
+    pandas DataFrame or an arrow Table; a mapping of splits, such as a `datasets.DatasetDict`
 
 Everything is read as a stream: a file of any size costs the memory of one row (Parquet: of one
 batch of rows). Where one row cannot be read and the next one can be found, a `Malformed` comes in
@@ -34,7 +34,8 @@ SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val"
 _HUB = re.compile(
     r"hf:/{1,2}datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<below>.*))?"
 )
-_PARQUET_ROWS = 1024
+_COMMIT = re.compile("[0-9a-f]{40}")
+_TABLE_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
 # Of a line, a cell (csv's own limit, 131,072, is shorter than some chats), and how far a broken row
 # of a JSON list is read. Some 8 million tokens of text: no example, rather a missing newline.
@@ -52,13 +53,15 @@ class Malformed:
 class Rows:
     """Rows to be read in order. files: what they are read from, none for Python objects.
 
-    can_reread: whether a second pass gives the same rows.
+    can_reread: whether a second pass gives the same rows. revision: the commit of a data set on the
+    hub.
     """
 
     name: str
     files: tuple[Path, ...]
     can_reread: bool
     read: Callable[[], Iterator[Placed]]
+    revision: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -72,8 +75,9 @@ def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
     Raises DataError for what cannot be a source.
     """
     if isinstance(source, (str, Path)):
-        files = _files(_local(source), split)
-        return Rows(str(source), files, True, lambda: _read_files(files))
+        place, revision = _local(source)
+        files = _files(place, split)
+        return Rows(str(source), files, True, lambda: _read_files(files), revision)
     if isinstance(source, Mapping):
         part = next((source[n] for n in SPLITS[split] if n in source), None)
         if part is None or isinstance(part, str) or not isinstance(part, Iterable):
@@ -82,8 +86,16 @@ def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
                 "into a list, and a mapping of splits needs a train split"
             )
         return open_rows(part, f"{name}[{split!r}]", split)
-    if not isinstance(source, Iterable):
+    table = _rows_of_table(source)
+    if table is not None:
+        return Rows(name, (), True, lambda: _number(table(), name))
+    if isinstance(source, (bytes, bytearray)) or not isinstance(source, Iterable):
         raise DataError(f"{name}: expected a path or rows, got a {type(source).__name__}")
+    if _has(source, "readline"):
+        raise DataError(
+            f"{name}: expected a path or rows, got an open file ({getattr(source, 'name', '?')}); "
+            "give its path, whose ending tells how it is read"
+        )
     can_reread = iter(source) is not source
     return Rows(name, (), can_reread, lambda: _number(source, name))
 
@@ -91,7 +103,7 @@ def open_rows(source: Source, name: str = "data", split: str = "train") -> Rows:
 def has_split(source: object, split: str) -> bool:
     """Whether `source` is a folder or a mapping with that split."""
     if isinstance(source, (str, Path)):
-        folder = _local(source)
+        folder, _ = _local(source)
         return folder.is_dir() and bool(_of_split(folder, split))
     return isinstance(source, Mapping) and any(name in source for name in SPLITS[split])
 
@@ -101,18 +113,59 @@ def _number(rows: Iterable[Any], name: str) -> Iterator[Placed]:
         yield f"{name}[{index}]", {"text": row} if isinstance(row, str) else row
 
 
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _rows_of_table(source: Any) -> Callable[[], Iterator[Any]] | None:
+    """What reads a table's rows, some at a time; None for what is no table. Told by its methods, as
+    its library need not be here. (Iterating over one would give its columns.)
+    """
+    if _has(source, "to_pylist", "slice", "num_rows"):  # arrow
+        return lambda: _in_slices(source.num_rows, lambda at, n: source.slice(at, n).to_pylist())
+    if _has(source, "to_dict", "iloc", "columns"):  # pandas
+
+        def records(at: int, count: int) -> list[Any]:
+            return [_plain(row) for row in source.iloc[at : at + count].to_dict("records")]
+
+        return lambda: _in_slices(len(source), records)
+    return None
+
+
+def _in_slices(num_rows: int, read: Callable[[int, int], list[Any]]) -> Iterator[Any]:
+    for at in range(0, num_rows, _TABLE_ROWS):
+        yield from read(at, _TABLE_ROWS)
+
+
+def _has(source: object, *names: str) -> bool:
+    return all(hasattr(type(source), name) for name in names)
+
+
+def _plain(value: Any) -> Any:
+    """A cell without pandas' and numpy's own types; a missing one is None."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if _has(value, "tolist"):
+        return _plain(value.tolist())
+    is_missing = type(value).__name__ in ("NAType", "NaTType")
+    return None if is_missing or (isinstance(value, float) and value != value) else value
+
+
 # -- files ---------------------------------------------------------------------------------------
 
 
-def _local(source: str | Path) -> Path:
-    """A path on this machine, of files fetched from the hub if need be."""
+def _local(source: str | Path) -> tuple[Path, str | None]:
+    """A path on this machine, of files fetched from the hub if need be; then with their commit."""
     found = _HUB.fullmatch(str(source))
     if found is None:
-        return Path(source).expanduser()
+        return Path(source).expanduser(), None
     below = Path(found["below"] or "")
     if ".." in below.parts or below.is_absolute():
         raise DataError(f"{source}: a folder of the data set has no '..' in its name")
-    return fetch_dataset(found["repo"], found["revision"]) / below
+    folder = fetch_dataset(found["repo"], found["revision"])
+    # The hub's cache names a snapshot's folder by its commit.
+    return folder / below, folder.name if _COMMIT.fullmatch(folder.name) else None
 
 
 def _files(path: Path, split: str) -> tuple[Path, ...]:
@@ -292,7 +345,7 @@ def _read_parquet(file: Path) -> Iterator[Placed]:
     try:
         index = 0
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+            for batch in table.iter_batches(batch_size=_TABLE_ROWS):
                 for row in batch.to_pylist():
                     yield f"{file}[{index}]", row
                     index += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_calls_and_parts_come_in_the_form_that_templates_read():
     turns = [SHAREGPT[0], {"from": "function_call", "value": json.dumps(called)}]
     _, chat = read_row({"conversations": turns}, "", True)
     assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": called}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"messages": MESSAGES, "prompt": None, "text": None, "chosen": None}, "messages"),
+        ({"messages": None, "conversations": SHAREGPT, "completion": None}, "sharegpt"),
+        ({"messages": None, "conversations": None, **ALPACA, "system": None}, "alpaca"),
+        ({"messages": None, "prompt": "ask", "completion": "yes"}, "prompt/completion"),
+        ({"messages": None, "instruction": "a", "output": None, "text": "ask"}, "text"),
+    ],
+)
+def test_a_field_that_is_null_is_none(row, kind):
+    """As in files of columns, which have every field in every row."""
+    assert kind_of(row, "data[0]") == kind
+    found, _ = read_row(row, "data[0]", True)
+    assert found == kind
+
+
+def test_a_pair_beside_fields_that_are_null_is_a_pair():
+    row = {"messages": None, "prompt": None, "chosen": "a b", "rejected": "a c", "text": None}
+    assert kind_of(row, "") == "preference"
+    with pytest.raises(DataError, match="messages: expected a non-empty list of messages, got nul"):
+        read_row({"messages": None}, "", True)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +244,47 @@ def test_a_datasets_dataset_is_read_by_iterating_it():
     rows = open_rows(Dataset())
     assert rows.can_reread and not open_rows(iter(PAIRS)).can_reread
     assert load_data(Dataset(), FakeTokenizer(), 99).counts.examples == 3
+
+
+def test_a_data_frame_and_an_arrow_table_are_read_row_by_row(monkeypatch):
+    """Iterating over one would give its columns. Missing cells are null, arrays are lists."""
+    monkeypatch.setattr("sloth.data.sources._TABLE_ROWS", 100)
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    for table in (pandas.DataFrame(PAIRS), pyarrow.Table.from_pylist(PAIRS)):
+        rows = open_rows(table)
+        assert [row for _, row in rows.read()] == [row for _, row in rows.read()] == PAIRS
+        assert rows.can_reread and next(rows.read())[0] == "data[0]"
+        assert load_data(table, FakeTokenizer(), 99).counts.rows == len(PAIRS)
+    mixed = [{"messages": MESSAGES}, {"text": "ask"}]
+    for table in (
+        pandas.DataFrame(mixed),
+        pyarrow.Table.from_pylist([{"messages": MESSAGES, "text": None}, {"text": "ask"}]),
+        pyarrow.Table.from_pylist([{"messages": MESSAGES, "text": None}]).to_pandas(),
+    ):
+        kinds = load_data(table, FakeTokenizer(), 99).counts.kinds
+        assert kinds == ({"messages": 1, "text": 1} if len(table) == 2 else {"messages": 1})
+    splits = {"train": pandas.DataFrame(PAIRS), "valid": pandas.DataFrame(PAIRS[:2])}
+    assert [row for _, row in open_rows(splits, split="valid").read()] == PAIRS[:2]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (io.StringIO('{"text": "a"}'), r"data: .* got an open file \(\?\); give its path"),
+        (b'{"text": "a"}', "data: expected a path or rows, got a bytes"),
+        (3, "data: expected a path or rows, got a int"),
+    ],
+)
+def test_what_is_no_source_is_refused_by_name(source, said):
+    with pytest.raises(DataError, match=said):
+        open_rows(source)
+
+
+def test_an_open_file_is_refused_by_its_name(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}')
+    with file.open() as stream, pytest.raises(DataError, match=r"rows\.jsonl\); give its path"):
+        load_data(stream, FakeTokenizer(), 99)
 
 
 def test_a_folder_gives_sharded_train_and_valid(tmp_path):

@@ -20,13 +20,7 @@ from sloth.errors import AdapterMismatch, KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
 from sloth.kernels.fp8 import BaseCompute, refuse_dora, require_fp8
-from sloth.lora import (
-    adapter_disabled,
-    attach_lora,
-    has_adapter,
-    is_lora_name,
-    redraw_lora,
-)
+from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
 from sloth.models.inputs import check_labels, check_positions, check_tokens
@@ -126,6 +120,11 @@ class Model:
         """Whether LoRA is attached."""
         return has_adapter(self.network)
 
+    @property
+    def planner(self) -> Planner:
+        """The plans of steps at the fused level; see `plan`."""
+        return self._planner
+
     def __repr__(self) -> str:
         kind = "NF4" if self.is_quantized else str(self.dtype).removeprefix("torch.")
         adapter = ", adapter" if self.has_adapter else ""
@@ -217,12 +216,6 @@ class Model:
         self._attach(config, strict=True)
         return self
 
-    def redraw_lora(self, seed: int) -> bool:
-        """Draw a LoRA adapter that is as `add_lora` left it anew; one that was trained, loaded or
-        set by hand stays. Whether it drew.
-        """
-        return redraw_lora(self.network, seed)
-
     def add_tokens(
         self, tokens: Sequence[str], init: str = "mean", special: bool = False
     ) -> list[int]:
@@ -282,8 +275,8 @@ class Model:
         """
         if self.level != "fused":
             raise KernelUnavailable(
-                f"only the fused level has plans; this model runs at {self.level}: "
-                f"{self.level_reason}"
+                f"only the fused level has plans, and takes memory_gib; this model runs at "
+                f"{self.level}: {self.level_reason}"
             )
         self._planner.memory_gib = memory_gib
         self._planner.forget()

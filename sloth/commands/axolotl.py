@@ -34,6 +34,8 @@ _SAME = {
     "sample_packing": "packing",
     "learning_rate": "lr",
     "warmup_steps": "warmup_steps",
+    "warmup_ratio": "warmup_ratio",
+    "eval_batch_size": "eval_batch_size",
     "weight_decay": "weight_decay",
     "embedding_lr": "embedding_lr",
     "loraplus_lr_ratio": "lora_plus",
@@ -85,7 +87,6 @@ _VALUES: dict[str, dict[Any, tuple[str, Any] | None]] = {
     "use_wandb": {True: ("trackers", "wandb"), False: None},
     "use_mlflow": {True: ("trackers", "mlflow"), False: None},
     "use_tensorboard": {True: ("trackers", "tensorboard"), False: None},
-    "val_set_size": {0: None},
     "trust_remote_code": {False: None},
     "save_safetensors": {True: None},
     "lora_fan_in_fan_out": {False: None},
@@ -105,10 +106,7 @@ _REASONS = {
     "load_in_8bit": "sloth loads 16-bit or 4-bit (quant: nf4) bases",
     "chat_template": "rows are rendered with the template in the model's folder",
     "chat_template_jinja": "rows are rendered with the template in the model's folder",
-    "val_set_size": "held-out rows come from a file: eval_data, or a folder with valid.*",
     "trust_remote_code": "no code from a checkpoint is ever run",
-    "warmup_ratio": "sloth counts warm-up in steps, and how many there are hangs on the data; "
-    "`sloth train --dry-run` shows it",
     "saves_per_epoch": _STEPS,
     "evals_per_epoch": _STEPS,
     "save_strategy": _STEPS,
@@ -129,7 +127,6 @@ _REASONS = {
     "loraplus_lr_embedding": "of LoRA+ alone; sloth's embedding_lr holds for embeddings in full",
     "use_wandb": "expected true or false",
     "batch_size": "follows from micro_batch_size and gradient_accumulation_steps",
-    "eval_batch_size": "evaluation takes batch_size rows",
     "model_type": "config.json says it",
     "tokenizer_type": "the files say it",
     "tf32": "products of fp32 matrices keep their precision",
@@ -258,9 +255,15 @@ def _add_lora(result: Conversion, file: Mapping[str, Any], lora: dict[str, Any])
 
 def _drop_without_effect(result: Conversion) -> None:
     """Settings that sloth refuses as having no effect beside the others."""
-    held_out, pairs = "eval_data" in result.settings, "objective" in result.settings
-    no_rows = "there are no held-out rows yet; add it with eval_data"
-    refused = {name: no_rows for name in ("eval_steps", "patience", "load_best") if not held_out}
+    given = result.settings
+    held_out, pairs = "eval_data" in given or "val_set_size" in given, "objective" in given
+    no_rows = "there are no held-out rows yet; add it with eval_data or val_set_size"
+    evaluating = ("eval_steps", "patience", "load_best", "eval_batch_size")
+    refused = {name: no_rows for name in evaluating if not held_out}
+    if held_out and "eval_steps" not in given:
+        refused["patience"] = "it counts evaluations: add it with eval_steps"
+    if "eval_data" in given:
+        refused["val_set_size"] = "test_datasets are held out already"
     if pairs:
         refused |= dict.fromkeys(("packing", "train_on"), "pairs are compared one by one")
     else:
@@ -296,10 +299,19 @@ def _dtype(result: Conversion, key: str, value: Any) -> None:
 
 
 def _count(result: Conversion, key: str, value: Any) -> None:
-    if isinstance(value, float) and value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        result.left[key] = f"{value!r}: expected a number of steps"
+    elif 0 < value < 1:
         result.left[key] = f"{value:g} is a share of the run, and sloth counts in steps"
     else:
-        result.set(key, int(value), key)
+        result.set(key, value, key)
+
+
+def _held_out(result: Conversion, key: str, value: Any) -> None:
+    if value == 0:
+        result.unneeded.append(key)
+    else:
+        result.set(key, value, key)
 
 
 def _project(result: Conversion, key: str, value: Any) -> None:
@@ -358,6 +370,7 @@ _SPECIAL: dict[str, Callable[[Conversion, str, Any], None]] = {
     "float16": _dtype,
     "save_steps": _count,
     "eval_steps": _count,
+    "val_set_size": _held_out,
     "wandb_project": _project,
     "mlflow_experiment_name": _project,
     "rl_beta": _beta,

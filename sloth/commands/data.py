@@ -27,7 +27,8 @@ class Check:
     """Show format, lengths, masks and counts of DATA as training would read them."""
 
     data: tyro.conf.Positional[str]
-    """JSONL, JSON, CSV, TXT or Parquet file, or a folder with train and valid files."""
+    """JSONL, JSON, CSV, TXT or Parquet file, a folder with train and valid files, or
+    hf://datasets/OWNER/NAME."""
     model: str
     """Alias, hub repository id, folder, or .gguf file; its tokenizer and template are used."""
     config: Path | None = None

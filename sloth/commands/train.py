@@ -22,6 +22,7 @@ from sloth.train.config import TrainConfig, load_config, with_overrides
 
 if TYPE_CHECKING:
     from sloth.model import Model
+    from sloth.train.memory import Plan
     from sloth.train.records import TrainReport
 
 
@@ -32,7 +33,7 @@ class Settings(TrainConfig):
 
     # An optional block would become a subcommand, so here it is always there.
     lora: LoraConfig = Field(default=LoraConfig())
-    eval_data: Path | None = Field(
+    eval_data: str | None = Field(
         default=None, description=TrainConfig.model_fields["eval_data"].description
     )
 
@@ -42,8 +43,9 @@ class Train:
     """Fine-tune MODEL on DATA: chats, prompts and completions, or texts."""
 
     model: ModelName
-    data: tyro.conf.Positional[Path]
-    """JSONL, JSON, CSV, TXT or Parquet file, or a folder with train and valid files."""
+    data: tyro.conf.Positional[str]
+    """JSONL, JSON, CSV, TXT or Parquet file, a folder with train and valid files, or
+    hf://datasets/OWNER/NAME."""
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     config: Path | None = None
     """YAML file of settings; flags win over it."""
@@ -118,21 +120,31 @@ def _read(arguments: Sequence[str]) -> tuple[Train, TrainConfig]:
 
 def _show_plan(model: Model, parsed: Train, config: TrainConfig) -> None:
     """What a run would do, the memory it would take, and where each setting came from."""
-    from sloth.planning import predict
     from sloth.train.trainer import Trainer
 
     trainer = Trainer(model, parsed.data, config)
     rows = trainer.dry_run()
     if parsed.gpus is not None:
         rows["processes"] = f"{parsed.gpus}, which share the rows of a step"
-    batch, seq = trainer.data.pass_shape(config.batch_size)
-    plan = predict(model, batch, seq, config.optimizer)
+    plan = _predicted(model, *trainer.data.pass_shape(config.batch_size), config)
     print_rows(rows)
     show(f"\nmemory of the largest pass\n{plan}")
     if plan.budget_gib is not None:
         show(f"fits          {'yes' if plan.fits else 'no; smaller passes will be tried'}")
     show("\nsettings")
     print_rows(_settings(config))
+
+
+def _predicted(model: Model, batch: int, seq: int, config: TrainConfig) -> Plan:
+    """What a pass of this shape will take, within the budget that the settings state, if any."""
+    from sloth.planning import host_share_gib, predict
+    from sloth.train.memory import make_plan
+    from sloth.train.step_memory import NetworkSizes
+
+    if config.memory_gib is None:
+        return predict(model, batch, seq, config.optimizer)
+    sizes = NetworkSizes.of(model.network)
+    return make_plan(sizes, batch, seq, config.memory_gib, host_share_gib())
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:

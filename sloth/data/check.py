@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sloth.data.batches import StepPlan
-from sloth.data.dataset import Dataset, Notice, held_out_source, load_for
+from sloth.data.dataset import Dataset, Notice
 from sloth.data.examples import Examples
-from sloth.data.settings import DataSettings
+from sloth.data.held_out import load_both
+from sloth.data.settings import RunSettings
 from sloth.data.sources import Source
 
 if TYPE_CHECKING:
@@ -33,17 +34,13 @@ HISTOGRAM_LINES, HISTOGRAM_WIDTH = 10, 40
 _PROBE_SECONDS = 0.3
 
 
-class RunSettings(DataSettings, Protocol):
+class BatchSettings(RunSettings, Protocol):
     """Of a run's settings, those that decide how its rows become batches."""
 
     @property
     def batch_size(self) -> int: ...
     @property
     def grad_accum(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def eval_data(self) -> Source | None: ...
 
 
 @dataclass(frozen=True)
@@ -102,12 +99,10 @@ class DataCheck:
 
 
 def check_data(
-    source: Source, tokenizer: Tokenizer, settings: RunSettings, notice: Notice | None = None
+    source: Source, tokenizer: Tokenizer, settings: BatchSettings, notice: Notice | None = None
 ) -> DataCheck:
     """Look at data as training would. Raises what training would raise."""
-    data = load_for(settings, source, tokenizer, notice=notice)
-    given = held_out_source(source, settings.eval_data)
-    held_out = None if given is None else load_for(settings, given, tokenizer, "valid", notice)
+    data, held_out = load_both(settings, source, tokenizer, notice)
     plan = StepPlan.of(
         data.num_rows, settings.batch_size, settings.grad_accum, settings.seed, None, 1.0
     )

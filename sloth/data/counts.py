@@ -22,7 +22,8 @@ class DataCounts:
     example is not kept: without a trained token, too long, or the other half of such a one in a
     pair; same_answers: pairs whose halves are equal. turns: trained assistant turns;
     unstopped: of those, without a stop token at their end. by_prefixes: rows whose mask took more
-    than one rendering. longest: tokens of the longest example before any cut.
+    than one rendering. longest: tokens of the longest example before any cut. held_out: rows that
+    are evaluated in place of trained on (val_set_size); they are in no other number but `rows`.
     """
 
     rows: int = 0
@@ -48,6 +49,7 @@ class DataCounts:
     lacks_bos: int = 0
     by_prefixes: int = 0
     longest: int = 0
+    held_out: int = 0
 
     @property
     def dropped(self) -> int:
@@ -68,8 +70,9 @@ class DataCounts:
         malformed = ""
         if self.malformed:
             malformed = f", {self.malformed} malformed skipped ({self.malformed_share:.1%})"
+        held_out = f", {self.held_out} held out" if self.held_out else ""
         return (
-            f"{self.rows} rows ({kinds}){malformed}: {self.examples} examples, "
+            f"{self.rows} rows ({kinds}){malformed}{held_out}: {self.examples} examples, "
             f"{self.tokens} tokens, {self.trained_tokens / max(self.tokens, 1):.1%} trained; "
             f"{self.truncated} truncated ({self.truncated / seen:.1%}), "
             f"{split}{self.dropped} dropped ({self.dropped / seen:.1%})"

@@ -42,7 +42,7 @@ from sloth.data.examples import Example, Examples, ExamplesWriter
 from sloth.data.masks import MaskDisagreement
 from sloth.data.packing import Packing, pack
 from sloth.data.settings import ROW_FIELDS, DataSettings, OnLong, TrainOn
-from sloth.data.sources import Placed, Rows, Source, has_split, open_rows
+from sloth.data.sources import Placed, Rows, Source, open_rows
 from sloth.errors import DataError
 from sloth.names import refuse_unknown
 
@@ -64,7 +64,7 @@ class Dataset:
     """Rows ready for batches. fingerprint: sha256 over the examples' tokens and labels, in order.
 
     packing: which examples share a row; None for one a row. pairs: examples 2 i and 2 i + 1 are the
-    chosen and the rejected one of row i.
+    chosen and the rejected one of row i. revision: commit of a data set on the hub.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Dataset:
     fingerprint: str
     packing: Packing | None = None
     pairs: bool = False
+    revision: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -156,7 +157,7 @@ def load_data(
     maker = _Maker(rows, tokenizer, settings, notice or (lambda text: None))
     examples, counts, fingerprint = maker.cached_or_made()
     rows_of = pack(examples.lengths.tolist(), max_length) if packing else None
-    return Dataset(rows.name, examples, counts, fingerprint, rows_of, pairs)
+    return Dataset(rows.name, examples, counts, fingerprint, rows_of, pairs, rows.revision)
 
 
 def load_for(
@@ -181,11 +182,6 @@ def load_for(
         pairs=settings.pairs,
         notice=notice,
     )
-
-
-def held_out_source(data: Source, given: Source | None) -> Source | None:
-    """What to evaluate on: what was given, else the valid split that came with the data."""
-    return data if given is None and has_split(data, "valid") else given
 
 
 class _Maker:
@@ -258,11 +254,11 @@ class _Maker:
         )
         for encoded in encoder.encode(self._watched(num_lines)):
             counts.add_row(encoded)
-            for kept in self._kept(encoded, counts):
+            for number, kept in enumerate(self._kept(encoded, counts)):
                 counts.examples += 1
                 counts.tokens += len(kept.tokens)
                 counts.trained_tokens += kept.num_trained
-                writer.add(kept)
+                writer.add(kept, begins_row=number == 0)
         counts.by_prefixes = encoder.shapes.num_by_prefixes
         if not counts.rows:
             why = "holds no rows"

@@ -1,6 +1,7 @@
 """Examples, held compactly: 5 bytes a token instead of a Python integer's 36, in memory or on disk.
 
-    shard:  tokens int32 [N]   trained uint8 [N], 1 where the label is the token   ends int64 [rows]
+    shard:  tokens int32 [N]   trained uint8 [N], 1 where the label is the token
+            ends int64 [examples]   begins uint8 [examples], 1 where a row of the data begins
 
 Back to back, a shard's example i is tokens[ends[i - 1]:ends[i]]. With a folder, a full shard goes
 to a safetensors file and is mapped back, so that a million rows cost address space, not memory;
@@ -30,6 +31,7 @@ UNTRAINED = -100
 SHARD_TOKENS = 2**24  # 80 MiB of tokens and marks: the most that preparing a file holds at once
 
 Shard = dict[str, Tensor]
+_TENSORS = ("tokens", "trained", "ends", "begins")
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,30 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Many examples. lengths: int32 [rows], tokens of each. in_use: kept as long as they are."""
+    """Many examples. lengths: int32 [examples], tokens of each. rows: int64 [examples], from which
+    row of the data each comes, counted from 0. in_use: kept as long as they are.
+    """
 
     def __init__(self, shards: Sequence[Shard], in_use: object = None) -> None:
         self._shards, self.in_use = list(shards), in_use
+        self._places: Tensor | None = None  # of a part: where its examples are among all
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard["ends"]))
         parts = [shard["ends"].diff(prepend=torch.zeros(1).long()) for shard in self._shards]
         self.lengths = torch.cat(parts).int() if parts else torch.zeros(0, dtype=torch.int32)
+        begins = [shard["begins"] for shard in self._shards]
+        self.rows = torch.cat(begins).long().cumsum(0) - 1 if begins else torch.zeros(0).long()
+
+    def part(self, places: Tensor) -> Examples:
+        """Some of them, by index; they share the shards."""
+        assert self._places is None
+        part = Examples(self._shards, self.in_use)
+        part._places, part.lengths, part.rows = places, self.lengths[places], self.rows[places]
+        return part
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[-1] if self._places is None else len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -69,6 +83,7 @@ class Examples(Sequence[Example]):
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(f"example {index} of {len(self)}")
+        at = at if self._places is None else int(self._places[at])
         number = bisect_right(self._starts, at) - 1
         shard, at = self._shards[number], at - self._starts[number]
         first, last = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
@@ -104,9 +119,10 @@ class ExamplesWriter:
 
     def _clear(self) -> None:
         self._tokens, self._trained, self._ends = array("i"), bytearray(), array("q")
+        self._begins = bytearray()
 
-    def add(self, example: Example) -> None:
-        """Append one."""
+    def add(self, example: Example, begins_row: bool = True) -> None:
+        """Append one. begins_row: whether it is the first of what its row became."""
         tokens = array("i", example.tokens)
         marks = bytes(label != UNTRAINED for label in example.labels)
         self._digest.update(len(tokens).to_bytes(8, "little"))
@@ -115,6 +131,7 @@ class ExamplesWriter:
         self._tokens.extend(tokens)
         self._trained += marks
         self._ends.append(len(self._tokens))
+        self._begins.append(begins_row)
         if len(self._tokens) >= SHARD_TOKENS:
             self._flush()
 
@@ -129,6 +146,7 @@ class ExamplesWriter:
             "tokens": torch.frombuffer(self._tokens, dtype=torch.int32),
             "trained": torch.frombuffer(self._trained, dtype=torch.uint8),
             "ends": torch.frombuffer(self._ends, dtype=torch.int64),
+            "begins": torch.frombuffer(self._begins, dtype=torch.uint8),
         }
         if self.folder is not None:
             name = f"{len(self._shards):05d}.safetensors"
@@ -142,4 +160,4 @@ class ExamplesWriter:
 def map_shard(file: Path) -> Shard:
     """A shard's tensors, mapped: read from the disk when they are looked at."""
     with safe_open(str(file), "pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in ("tokens", "trained", "ends")}
+        return {name: tensors.get_tensor(name) for name in _TENSORS}

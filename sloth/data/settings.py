@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 OnLong = Literal["truncate", "split", "drop", "error"]
 TrainOn = Literal["assistant", "last", "everything"]
@@ -31,3 +31,14 @@ class DataSettings(Protocol):
     def skip_bad(self) -> bool: ...
     @property
     def pairs(self) -> bool: ...
+
+
+class RunSettings(DataSettings, Protocol):
+    """Of a run's settings, those that decide which of its rows are held out."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def eval_data(self) -> Any: ...
+    @property
+    def val_set_size(self) -> float | None: ...

@@ -40,7 +40,8 @@ class Accumulated:
 
 
 class Accumulator:
-    """Runs a step's passes. `rows_per_pass` falls by halves and never rises.
+    """Runs a step's passes. `rows_per_pass` falls by halves and never rises; so do the rows of
+    evaluation passes.
 
     ranks: who shares the rows of a step. batch_of: rows -> Batch. objective: what is minimised.
     forget: drop all gradients.
@@ -54,9 +55,11 @@ class Accumulator:
         forget: Callable[[], None],
         notice: Callable[[str], None],
         rows_per_pass: int,
+        eval_rows_per_pass: int | None = None,
     ) -> None:
         self.ranks, self.batch_of, self.objective = ranks, batch_of, objective
         self.rows_per_pass = rows_per_pass
+        self._eval_rows = eval_rows_per_pass
         self._forget, self._notice, self._device = forget, notice, ranks.device
 
     def step(self, rows: Sequence[int]) -> Accumulated:
@@ -117,6 +120,18 @@ class Accumulator:
             total = total + measured.detach()
         return total
 
+    @property
+    def eval_rows_per_pass(self) -> int:
+        """Rows of an evaluation pass: as many as training's, unless they were given."""
+        return self._eval_rows or self.rows_per_pass
+
+    def shrink_evaluation(self, why: str) -> None:
+        """Halve evaluation passes from here on: training's with them, unless they were given."""
+        if self._eval_rows is None:
+            self.shrink(why)
+            return
+        self._eval_rows = self._halved(self._eval_rows, "an evaluation pass", why)
+
     def shrink(self, why: str) -> None:
         """Halve the passes from here on. Raises OutOfMemory when they hold one row already."""
         if self.rows_per_pass == 1:
@@ -124,12 +139,15 @@ class Accumulator:
                 f"one row alone does not fit into the memory of {self._device}: {why}. A smaller "
                 "max_length, quant='nf4', or an adapter instead of full training needs less"
             )
-        halved = (self.rows_per_pass + 1) // 2
+        self.rows_per_pass = self._halved(self.rows_per_pass, "a pass", why)
+
+    def _halved(self, rows: int, what: str, why: str) -> int:
+        halved = (rows + 1) // 2
         self._notice(
-            f"WARNING: out of memory with {self.rows_per_pass} rows in a pass; going on with "
-            f"{halved} and more passes a step, which gives the same loss ({why})"
+            f"WARNING: out of memory with {rows} rows in {what}; going on with {halved} and more "
+            f"passes, which gives the same loss ({why})"
         )
-        self.rows_per_pass = halved
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        return halved

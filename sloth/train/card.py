@@ -123,6 +123,7 @@ def _training_parts(training: Training, picture: str | None) -> list[str]:
 def _data_in_words(data: DataFacts) -> str:
     counts = data.counts
     name = data.name if data.name.startswith(_HUB_DATA) else Path(data.name).name
+    name += f" (commit `{data.revision}`)" if data.revision else ""
     return (
         f"{name}: {counts.rows:,} rows, {counts.examples:,} examples, {counts.tokens:,} tokens, "
         f"{counts.trained_tokens / max(counts.tokens, 1):.1%} trained"

@@ -63,6 +63,12 @@ _ELSEWHERE = {
     "rl_beta": "beta",
     "dpo_beta": "beta",
     "orpo_alpha": "beta",
+    "eval_fraction": "val_set_size",
+    "val_size": "val_set_size",
+    "test_size": "val_set_size",
+    "val_split_fraction": "val_set_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gpu_memory_limit": "memory_gib",
 }
 
 # What `allow_change` knows beside settings: what else a checkpoint holds of its run.
@@ -123,6 +129,9 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the rate rises to its peak."
     )
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="The same as a share of all steps, rounded up."
+    )
     optimizer: Optimizer = Field(
         default="adamw", description="adamw, or adamw_8bit (needs bitsandbytes)."
     )
@@ -140,8 +149,16 @@ class TrainConfig(BaseModel):
         default=1.0, gt=0, description="Largest gradient norm; None to not clip."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of row order, dropout, new adapters.")
-    eval_data: Path | list[dict[str, Any]] | None = Field(
-        default=None, description="Held-out rows, evaluated at the end."
+    eval_data: Any = Field(
+        default=None, description="Held-out rows, evaluated at the end: of any kind that data are."
+    )
+    val_set_size: float | None = Field(
+        default=None,
+        gt=0,
+        description="Held-out rows out of the data: their share (below 1) or number, by seed.",
+    )
+    eval_batch_size: int | None = Field(
+        default=None, ge=1, description="Rows of one evaluation pass; batch_size if none."
     )
     eval_steps: int | None = Field(
         default=None, ge=1, description="Evaluate (and sample) each so many steps, too."
@@ -174,6 +191,11 @@ class TrainConfig(BaseModel):
         default=[], description="Where to log as well: tensorboard, wandb, trackio, mlflow."
     )
     project: str | None = Field(default=None, description="The trackers' project; sloth if none.")
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="Budget of plans (fused level); what the device has free if none.",
+    )
     deterministic: bool = Field(
         default=False, description="Only algorithms that give the same bits each run."
     )
@@ -202,6 +224,7 @@ class TrainConfig(BaseModel):
         *("max_steps", "epochs", "batch_size", "grad_accum", "max_length", "lr", "warmup_steps"),
         *("weight_decay", "clip", "seed", "eval_steps", "save_steps", "max_bad_steps"),
         *("embedding_lr", "lora_plus", "neftune", "patience", "sample_tokens", "beta"),
+        *("warmup_ratio", "val_set_size", "eval_batch_size", "memory_gib"),
         mode="before",
     )
     @classmethod
@@ -216,15 +239,46 @@ class TrainConfig(BaseModel):
         refuse_unknown(columns or (), ROW_FIELDS, "field in columns")
         return columns
 
+    @field_validator("eval_data")
+    @classmethod
+    def _is_source(cls, value: Any) -> Any:
+        """A Path would make one slash of the two in hf://."""
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, (int, float, bytes)):
+            raise ValueError(f"expected a path or rows, got a {type(value).__name__}")
+        return value
+
+    @field_validator("val_set_size")
+    @classmethod
+    def _is_share_or_number(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("expected a share below 1, or a whole number of rows")
+        return value
+
     @model_validator(mode="after")
     def _has_effect(self) -> TrainConfig:
-        if self.eval_steps is not None and self.eval_data is None and not self.sample_prompts:
+        has_held_out = self.eval_data is not None or self.val_set_size is not None
+        if self.eval_steps is not None and not has_held_out and not self.sample_prompts:
             raise ValueError(
-                f"eval_steps={self.eval_steps} has no effect without eval_data or sample_prompts"
+                f"eval_steps={self.eval_steps} has no effect without eval_data, val_set_size or "
+                "sample_prompts"
             )
         for name in ("patience", "load_best"):
-            if getattr(self, name) and self.eval_data is None:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect without eval_data")
+            if getattr(self, name) and not has_held_out:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect without eval_data or val_set_size"
+                )
+        if self.eval_data is not None and self.val_set_size is not None:
+            raise ValueError(
+                f"val_set_size={self.val_set_size:g} takes held-out rows out of the data, and "
+                "eval_data brings others; leave one of them out"
+            )
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_ratio={self.warmup_ratio:g} both say "
+                "how long the warm-up is; leave one of them out"
+            )
         if self.patience is not None and self.eval_steps is None:
             raise ValueError(f"patience={self.patience} has no effect without eval_steps")
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
@@ -264,7 +318,7 @@ class TrainConfig(BaseModel):
     def __eq__(self, other: object) -> bool:
         """Equal settings are equal wherever they came from."""
         return isinstance(other, TrainConfig) and all(
-            getattr(self, name) == getattr(other, name) for name in TrainConfig.model_fields
+            _equal(getattr(self, name), getattr(other, name)) for name in TrainConfig.model_fields
         )
 
     def origins(self) -> dict[str, str]:
@@ -278,12 +332,18 @@ class TrainConfig(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The settings as JSON types, less an evaluation on rows that were given in memory."""
-        if not isinstance(self.eval_data, list):
+        if self.eval_data is None or isinstance(self.eval_data, str):
             return self.model_dump(mode="json")
         unnamed = {"eval_data", "patience", "load_best"}
         return self.model_dump(
             mode="json", exclude=unnamed if self.sample_prompts else {*unnamed, "eval_steps"}
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Tables of rows are equal to themselves; they would compare cell by cell."""
+    plain = (str, int, float, list, dict, Path, BaseModel)
+    return bool(a == b) if isinstance(a, plain) and isinstance(b, plain) else a is b
 
 
 def load_config(

@@ -26,16 +26,19 @@ FILE_NAME = "run.json"
 
 @dataclass(frozen=True)
 class DataFacts:
-    """A data set: where it is from, sha256 of its tokens and labels, what became of its rows."""
+    """A data set: where it is from, sha256 of its tokens and labels, what became of its rows, its
+    commit on the hub.
+    """
 
     name: str
     fingerprint: str
     counts: DataCounts
+    revision: str | None = None
 
     @classmethod
     def of(cls, data: Dataset) -> DataFacts:
         """The facts of a data set that is read."""
-        return cls(data.name, data.fingerprint, data.counts)
+        return cls(data.name, data.fingerprint, data.counts, data.revision)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class HeldOut:
         nothing = [0.0] * (1 + len(objective.metrics))
         lengths = data.row_lengths()
         while True:
-            rows = accumulator.rows_per_pass
+            rows = accumulator.eval_rows_per_pass
             try:
                 sums = summed(
                     self.ranks.share(eval_batches(lengths, rows, rows * self.longest)),
@@ -93,4 +93,4 @@ class HeldOut:
                 why = str(error).split(". ")[0]
             if rows == 1:
                 return [1.0, *nothing]
-            accumulator.shrink(why)
+            accumulator.shrink_evaluation(why)

@@ -20,6 +20,7 @@ FINGERPRINT_NUMBERS = 16
 _FREE = {
     *("output", "resume", "allow_change", "save_steps", "max_bad_steps", "trackers", "project"),
     *("eval_data", "eval_steps", "patience", "load_best", "sample_prompts", "sample_tokens"),
+    *("eval_batch_size", "memory_gib"),
 }
 # Compared as what they come to: the number of steps, the adapter in place, the base's weights.
 _DERIVED = {"max_steps", "epochs", "lora", "quant"}
@@ -61,7 +62,7 @@ def refuse_changes(
     old, new = before.lora or {}, now.lora or {}
     for name in sorted({*old, *new}):
         pairs.append((f"lora.{name}", f"lora.{name}", old.get(name), new.get(name)))
-    if depends_on_length(now.settings["schedule"]):
+    if depends_on_length(now.settings["schedule"], now.settings.get("warmup_ratio", 0.0)):
         said = "number of steps (max_steps, epochs)"
         pairs.append(("max_steps", said, before.num_steps, now.num_steps))
         pairs.append(("epochs", said, before.num_steps, now.num_steps))

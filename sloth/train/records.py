@@ -78,6 +78,16 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     eval_losses: dict[str, float] = field(default_factory=dict)
 
+    def add(self, loss: float, tokens: int, trained: int, seconds: float, is_good: bool) -> None:
+        """Count one more step."""
+        self.step += 1
+        self.tokens += tokens
+        self.trained_tokens += trained
+        self.seconds += seconds
+        self.skipped += not is_good
+        self.bad_in_a_row = 0 if is_good else self.bad_in_a_row + 1
+        self.losses.append(loss)
+
     @property
     def held_out(self) -> dict[int, float]:
         """Evaluation losses by step; JSON has no integer keys."""

@@ -79,3 +79,17 @@ def seeded(config: TrainConfig, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic, warn_only=warned_only)
+
+
+@contextmanager
+def planned_within(model: Any, memory_gib: float, batch: int, seq: int) -> Iterator[None]:
+    """Inside, plans keep to this budget. Raises BudgetTooSmall where it does not hold one for this
+    shape, KernelUnavailable below the fused level, which plans nothing.
+    """
+    before = model.planner.memory_gib
+    try:
+        model.plan(batch=batch, seq=seq, memory_gib=memory_gib)
+        yield
+    finally:
+        model.planner.memory_gib = before
+        model.planner.forget()

@@ -40,6 +40,11 @@ def learning_rate(
     raise ValueError(f"schedule {schedule!r} is unknown; known: linear, cosine, constant, wsd")
 
 
-def depends_on_length(schedule: str) -> bool:
+def num_warmup_steps(steps: int, ratio: float, num_steps: int) -> int:
+    """Steps of warm-up, given as such or as a share of all."""
+    return steps or math.ceil(ratio * num_steps)
+
+
+def depends_on_length(schedule: str, warmup_ratio: float = 0.0) -> bool:
     """Whether the rate of a step changes with the number of steps."""
-    return schedule != "constant"
+    return schedule != "constant" or warmup_ratio > 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sloth import __version__
 from sloth.formats.tensor_file import num_bytes
+from sloth.lora import redraw_lora
 from sloth.lora_config import LoraConfig
 from sloth.redact import Redactor
 from sloth.train import checkpoint
@@ -55,6 +56,8 @@ class Trainable(Protocol):
     @property
     def level(self) -> str: ...
     @property
+    def planner(self) -> Any: ...
+    @property
     def tokenizer(self) -> Tokenizer: ...
     @property
     def device(self) -> torch.device: ...
@@ -70,9 +73,9 @@ class Trainable(Protocol):
     def logprobs(
         self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor: ...
+    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Any: ...
     def adapter_off(self) -> AbstractContextManager[None]: ...
     def add_lora(self, config: LoraConfig | None = None) -> Any: ...
-    def redraw_lora(self, seed: int) -> bool: ...
     def save_adapter(self, folder: Path) -> Any: ...
     def save_merged(self, folder: Path) -> Any: ...
 
@@ -97,7 +100,7 @@ class TrainState:
         self.model, self.config, self.ranks = model, config, ranks
         self.attached = _attach_adapter(model, config)
         if model.has_adapter:
-            model.redraw_lora(config.seed)
+            redraw_lora(model.network, config.seed)
         if ranks.rank:  # weights are the same everywhere, dropout from here on is not
             torch.manual_seed(config.seed + ranks.rank)
         parameters = trainable(model.network)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.data.dataset import Batch, Dataset, Source, StepPlan, held_out_source, load_for
+from sloth.data.dataset import Batch, Dataset, Source, StepPlan
+from sloth.data.held_out import load_both
 from sloth.errors import Interrupted, NonFiniteGradients
 from sloth.quiet import say
 from sloth.train.accumulate import Accumulated, Accumulator
@@ -46,11 +48,12 @@ from sloth.train.run import (
     check_device,
     check_model,
     check_optimizer,
+    planned_within,
     seeded,
     write_settings,
 )
 from sloth.train.saving import Saver
-from sloth.train.schedule import learning_rate
+from sloth.train.schedule import learning_rate, num_warmup_steps
 from sloth.train.signals import StopRequest
 from sloth.train.state import Trainable, TrainState
 from sloth.train.trackers import build_trackers, require_trackers
@@ -95,11 +98,12 @@ class Trainer:
         self.objective = objective_of(model, config)
         tokenizer = model.tokenizer
         notice = say if self.ranks.is_first else None
-        self.data = load_for(config, data, tokenizer, notice=notice)
-        held_out = held_out_source(data, config.eval_data)
-        self.eval_data: Dataset | None = None
-        if held_out is not None:
-            self.eval_data = load_for(config, held_out, tokenizer, "valid", notice)
+        self.data, self.eval_data = load_both(config, data, tokenizer, notice)
+        if config.eval_batch_size is not None and self.eval_data is None:
+            raise ValueError(
+                f"eval_batch_size={config.eval_batch_size} has no effect without held-out rows: "
+                "eval_data, val_set_size, or a valid split of the data"
+            )
         self.plan = StepPlan.of(
             self.data.num_rows,
             config.batch_size,
@@ -107,6 +111,9 @@ class Trainer:
             config.seed,
             config.max_steps,
             config.epochs,
+        )
+        self.warmup_steps = num_warmup_steps(
+            config.warmup_steps, config.warmup_ratio, self.plan.num_steps
         )
         self._pad_id = tokenizer.pad_id or 0
 
@@ -128,17 +135,11 @@ class Trainer:
             ):
                 self.state = self._new_state()
                 changed = self.ranks.together(lambda: self._resumed(source))
-                facts = RunFacts.of(self.state, config, self.data, self.eval_data)
-                self.ranks.first(facts.write, output, source)  # first: a run's folder is told by it
-                with self._new_log(output) as log, StopRequest() as stop:
-                    saver = Saver(output, log.notice, log.saved, newest=source)
-                    self.ranks.first(self._begin, output, saver)
-                    self.ranks.first(log.start, config.plain())
-                    announce(log.notice, self, output, source, changed)
-                    self._train(log, saver, stop)
-                    log.curve(self.progress.losses)
+                self.ranks.first(self._check_room, output)
+                with self._within_budget():  # the last that may refuse: from here on it writes
+                    facts = self._train(output, source, changed)
                 self.model.training = self._training(facts)
-                return self._finish(output, source, saver)
+                return self._finish(output, source)
         finally:
             network.zero_grad(set_to_none=True)
             network.train(was_training)
@@ -152,27 +153,45 @@ class Trainer:
             self.state = self._new_state()
             if source is not None:
                 self.state.try_resume(source)
-            Saver(output, say, lambda step, folder: None).require_room(
-                self.state.checkpoint_bytes()
-            )
-            with noisy_embeddings(self.model.network, self.config.neftune):
+            self._check_room(output)
+            with (
+                noisy_embeddings(self.model.network, self.config.neftune),
+                self._within_budget(),
+            ):
                 return describe_plan(self)
 
     def _resumed(self, source: Path | None) -> list[str]:
         """What is allowed to differ from the checkpoint that was put back, if there is one."""
         return [] if source is None else self.state.resume(source)
 
-    def _begin(self, output: Path, saver: Saver) -> None:
-        """What must be there before the first step."""
-        saver.require_room(self.state.checkpoint_bytes())
-        write_settings(self.config, output)
+    def _check_room(self, output: Path) -> None:
+        Saver(output, say, lambda *rest: None).require_room(self.state.checkpoint_bytes())
 
-    def _train(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
-        """The loop, with gradients where the optimizer looks for them."""
-        optimizer, masters = self.state.optimizer, self.state.masters
-        with masters.collecting_gradients(), saver.explaining_out_of_memory():
-            self.ranks.together(lambda: make_moments(optimizer, masters.by_name))
-            self._loop(log, saver, stop)
+    def _train(self, output: Path, source: Path | None, changed: Sequence[str]) -> RunFacts:
+        """From the first file to the last step; what the run is about."""
+        state, facts = self.state, RunFacts.of(self.state, self.config, self.data, self.eval_data)
+        self.ranks.first(facts.write, output, source)  # first: a run's folder is told by it
+        with (
+            self._new_log(output) as log,
+            StopRequest() as stop,
+            state.masters.collecting_gradients(),
+        ):
+            self.saver = saver = Saver(output, log.notice, log.saved, newest=source)
+            self.ranks.first(write_settings, self.config, output)
+            self.ranks.first(log.start, self.config.plain())
+            announce(log.notice, self, output, source, changed)
+            with saver.explaining_out_of_memory():
+                self.ranks.together(lambda: make_moments(state.optimizer, state.masters.by_name))
+                self._loop(log, saver, stop)
+            log.curve(self.progress.losses)
+        return facts
+
+    def _within_budget(self) -> AbstractContextManager[None]:
+        """Inside, plans keep to memory_gib; the budget holds a pass of one row at the least."""
+        memory_gib = self.config.memory_gib
+        if memory_gib is None:
+            return nullcontext()
+        return planned_within(self.model, memory_gib, *self.data.pass_shape(1))
 
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
@@ -255,7 +274,7 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         config = self.config
         return learning_rate(
-            config.schedule, config.lr, step, self.plan.num_steps, config.warmup_steps
+            config.schedule, config.lr, step, self.plan.num_steps, self.warmup_steps
         )
 
     def _accumulator(self, log: RunLog) -> Accumulator:
@@ -267,6 +286,7 @@ class Trainer:
             forget=self.state.masters.drop_gradients,
             notice=log.notice,
             rows_per_pass=min(self.progress.rows_per_pass or batch_size, batch_size),
+            eval_rows_per_pass=self.config.eval_batch_size,
         )
 
     def _held_out(self) -> HeldOut:
@@ -293,14 +313,7 @@ class Trainer:
         is_good: bool,
     ) -> StepRecord:
         """Count a step into the progress."""
-        progress = self.progress
-        progress.step = step + 1
-        progress.tokens += added.num_tokens
-        progress.trained_tokens += added.num_trained
-        progress.seconds += seconds
-        progress.skipped += not is_good
-        progress.bad_in_a_row = 0 if is_good else progress.bad_in_a_row + 1
-        progress.losses.append(loss)
+        self.progress.add(loss, added.num_tokens, added.num_trained, seconds, is_good)
         return StepRecord(
             step=step + 1,
             epoch=self.plan.epoch(step + 1),
@@ -336,14 +349,15 @@ class Trainer:
             progress.seconds,
         )
 
-    def _publish(self, output: Path, paths: dict[str, Path], saver: Saver) -> None:
+    def _publish(self, output: Path, paths: dict[str, Path]) -> None:
         """The weights, then the pictures."""
-        holder = paths.get("best") or saver.holder_of(self.progress.step)
+        progress, saver = self.progress, self.saver
+        holder = paths.get("best") or saver.holder_of(progress.step)
         paths |= publish_weights(self.model, output, holder)
-        paths |= plot_losses(output, self.progress.losses, self.progress.held_out, saver.notice)
+        paths |= plot_losses(output, progress.losses, progress.held_out, saver.notice)
 
-    def _finish(self, output: Path, source: Path | None, saver: Saver) -> TrainReport:
-        progress, best = self.progress, best_step(self.progress.held_out)
+    def _finish(self, output: Path, source: Path | None) -> TrainReport:
+        progress, saver = self.progress, self.saver
         paths = {
             "output": output,
             "config": output / "config.yaml",
@@ -357,7 +371,7 @@ class Trainer:
         if saver.newest is not None:
             paths["checkpoint"] = saver.newest
 
-        self.ranks.first(self._publish, output, paths, saver)
+        self.ranks.first(self._publish, output, paths)
         self.ranks.first(saver.finish)
         return TrainReport(
             losses=progress.losses,
@@ -368,7 +382,7 @@ class Trainer:
             data=self.data.counts,
             skipped=progress.skipped,
             eval_losses=progress.held_out,
-            best_step=best,
+            best_step=best_step(progress.held_out),
             stopped_early=progress.step < self.plan.num_steps,
         )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sloth import cli
-from sloth.commands.axolotl import convert
+from sloth.commands.axolotl import _LORA, _REASONS, _SAME, _SPECIAL, _VALUES, convert
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig, load_config
 
@@ -90,6 +94,8 @@ def test_an_axolotl_file_becomes_settings_arguments_and_reasons(place, capsys):
         columns={"instruction": "q"},
         lr=2e-4,
         schedule="linear",
+        warmup_ratio=0.1,
+        val_set_size=0.1,
         weight_decay=0.0,  # Axolotl's default
         trackers=["wandb"],
         project="mine",
@@ -107,9 +113,7 @@ def test_an_axolotl_file_becomes_settings_arguments_and_reasons(place, capsys):
         "not taken  optimizer: 'paged_adamw_8bit': sloth has adamw and adamw_8bit",
         "not taken  datasets[1]: other.jsonl: a run reads one file",
         "not taken  datasets[0].shards: 4: sloth has nothing like it",
-        "not taken  val_set_size: 0.1: held-out rows come from a file",
-        "not taken  early_stopping_patience: there are no held-out rows yet",
-        "not taken  warmup_ratio: sloth counts warm-up in steps",
+        "not taken  early_stopping_patience: it counts evaluations: add it with eval_steps",
         "not taken  lora_model_dir: empty",
         "not taken  frobnicate: sloth has nothing like it",
     ):
@@ -136,6 +140,13 @@ def test_no_key_gets_lost():
         ({"rl_beta": 0.3}, {}),
         ({"test_datasets": [{"path": "v.jsonl"}], "eval_steps": 20}, {"eval_steps": 20}),
         ({"save_steps": 0.25}, {}),
+        ({"save_steps": [1]}, {"save_steps": 200}),
+        ({"save_steps": True}, {"save_steps": 200}),
+        ({"save_steps": 30.0}, {"save_steps": 30}),
+        ({"val_set_size": 200, "eval_steps": 9, "eval_batch_size": 2}, {"val_set_size": 200}),
+        ({"val_set_size": 0.1, "test_datasets": [{"path": "v.jsonl"}]}, {"val_set_size": None}),
+        ({"eval_batch_size": 2, "early_stopping_patience": 2}, {"eval_batch_size": None}),
+        ({"warmup_ratio": 0.03}, {"warmup_ratio": 0.03}),
         ({"max_steps": 9}, {"max_steps": 9, "epochs": None}),
         ({"adapter": "lora", "lora_target_modules": ["q_proj"]}, {"lora": {"targets": ["q_proj"]}}),
         ({"lora_r": 4}, {"lora": None}),
@@ -148,6 +159,23 @@ def test_what_depends_on_other_keys(file, settings):
     expected = TrainConfig(**{**found.settings, **settings})
     assert config == expected
     assert set(file) <= {*found.left, *", ".join(found.origins.values()).split(", ")}
+
+
+KEYS = sorted({*_SAME, *_LORA, *_VALUES, *_SPECIAL, *_REASONS, "lora_target_linear", "unknown"})
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6))
+def test_any_value_of_any_key_is_taken_left_with_a_reason_or_refused(file):
+    found = convert(file)
+    assert all(isinstance(why, str) for why in found.left.values()) and found.command("c.yaml")
+    with suppress(ValueError):
+        TrainConfig(**found.settings)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,15 @@ def test_the_dry_run_of_full_training_predicts_what_autograd_keeps(capsys):
     assert str(plan) in said and "autograd keeps what it wants" in said
 
 
+def test_the_dry_run_plans_within_a_stated_budget(capsys):
+    flags = ["--lora.r", "4", "--memory-gib", "0.75", "--dry-run"]
+    assert cli.main(["train", "base", "rows.jsonl", *flags]) == 0
+    assert "GiB predicted, budget 0.75 GiB" in capsys.readouterr().out
+    flags[3] = "0.0001"
+    assert cli.main(["train", "base", "rows.jsonl", *flags]) == 2
+    assert "tokens need at least" in capsys.readouterr().err
+
+
 # -- nobody to hear it -----------------------------------------------------------------------------
 
 

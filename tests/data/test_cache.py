@@ -79,7 +79,7 @@ def changed_vocabulary(file, tokenizer):
         {"train_on": "last"},
         {"skip_bad": True},
         {"columns": {"messages": "messages"}},
-        ("ENCODING_VERSION", 2),
+        ("ENCODING_VERSION", 0),
         ("__version__", "9"),
     ],
     ids=lambda change: getattr(change, "__name__", str(change)),

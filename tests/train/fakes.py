@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sloth.errors import KernelUnavailable
 from sloth.lora_config import LoraConfig
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "start": "<|start|>", "end": "<|end|>"}
@@ -109,15 +111,9 @@ class FakeLinear(nn.Module):
         self.lora_A = nn.utils.skip_init(nn.Linear, size, config.r, bias=False)
         self.lora_B = nn.utils.skip_init(nn.Linear, config.r, size, bias=False)
         self.dropout = config.dropout
-        self.draw(0)
-
-    @torch.no_grad()
-    def draw(self, seed: int) -> None:
-        bound = self.weight.shape[0] ** -0.5
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.empty(self.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-        self.lora_A.weight.copy_(drawn)
-        self.lora_B.weight.zero_()
+        drawn = torch.rand(config.r, size, generator=torch.Generator().manual_seed(0)) - 0.5
+        nn.init.zeros_(self.lora_B.weight)
+        self.lora_A.weight.data.copy_(drawn)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight)
@@ -154,6 +150,7 @@ class FakeModel:
     """Keeps to what `sloth.Model` offers the trainer. calls: what was saved, in order."""
 
     level, level_reason = "reference", "it is a fake"
+    planner = SimpleNamespace(memory_gib=None, forget=lambda: None)
 
     def __init__(self, seed: int = 0, is_quantized: bool = False, device: str = "cpu") -> None:
         with torch.random.fork_rng():
@@ -177,12 +174,6 @@ class FakeModel:
         self.network.q_proj.attach(self.lora_config)
         self.network.to(self.device)
         return self
-
-    def redraw_lora(self, seed: int) -> bool:
-        is_fresh = not self.network.q_proj.lora_B.weight.any()
-        if is_fresh:
-            self.network.q_proj.draw(seed)
-        return is_fresh
 
     def loss(
         self,
@@ -213,6 +204,9 @@ class FakeModel:
         if positions is not None:
             labels = labels.masked_fill(positions.to(self.device) == 0, -100)
         return self.network(tokens, positions)[:, :-1], labels[:, 1:]
+
+    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Any:
+        raise KernelUnavailable("memory_gib: a fake plans nothing")
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -134,6 +134,39 @@ def test_a_data_set_of_the_hub_is_linked():
     assert "hf://datasets/some/one@v2/en: 1 rows" in text
 
 
+def test_the_commit_of_a_data_set_is_in_the_run_and_in_the_card(tmp_path, monkeypatch):
+    """Of the hub's cache, which names folders by it; the command keeps both slashes."""
+    for commit, split in ((COMMIT, "train"), (COMMIT[::-1], "valid")):
+        (tmp_path / commit).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+        (tmp_path / commit / f"{split}.jsonl").write_text(text)
+    fetched = []
+
+    def fetch(repo, revision):
+        fetched.append(repo)
+        return tmp_path / (COMMIT if repo == "some/one" else COMMIT[::-1])
+
+    monkeypatch.setattr("sloth.data.sources.fetch_dataset", fetch)
+    model = FakeModel()
+    model.train = lambda rows, config: Trainer(model, rows, config).run()
+    monkeypatch.setattr(Loading, "load", lambda *rest: model)
+    flags = ["--eval-data", "hf://datasets/an/other", "--output", str(tmp_path / "run")]
+    assert cli.main(["train", "m", "hf://datasets/some/one", "--max-steps", "1", *flags]) == 0
+    assert set(fetched) == {"some/one", "an/other"}
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    named = [(facts[part]["name"], facts[part]["revision"]) for part in ("data", "eval_data")]
+    assert named == [
+        ("hf://datasets/some/one", COMMIT),
+        ("hf://datasets/an/other", COMMIT[::-1]),
+    ]
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert yaml.safe_load(text)["eval_data"] == "hf://datasets/an/other"
+    subject = Subject("m", None, None, is_adapter=True, is_quantized=False)
+    text = render_card(subject, model.training, None)
+    assert f"| data | hf://datasets/some/one (commit `{COMMIT}`): 11 rows" in text
+    assert f"| held out | hf://datasets/an/other (commit `{COMMIT[::-1]}`): 11 rows" in text
+
+
 def test_a_long_run_is_told_in_a_dozen_rows():
     counts = DataCounts(rows=1, examples=1, tokens=10, trained_tokens=5)
     facts = RunFacts(

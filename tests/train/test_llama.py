@@ -9,6 +9,9 @@ import torch
 
 import sloth
 from sloth.data.dataset import StepPlan, collate, load_data
+from sloth.errors import BudgetTooSmall, KernelUnavailable
+from sloth.train.callbacks import Callback
+from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.oracles import save_tiny_llama
 from tests.train.fakes import ROWS, FakeTokenizer
@@ -80,3 +83,35 @@ def test_step_gradients_do_not_depend_on_the_split(folder, quant):
         gradients.append([p.grad for p in model.network.parameters() if p.requires_grad])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], **tolerance.ACCUMULATION)
+
+
+# GiB that hold a step of four rows of 512 tokens on this model if little of it is kept, and that
+# do not hold a row.
+TIGHT, TOO_SMALL = 0.09, 0.01
+
+
+def test_a_stated_budget_is_the_planners_for_the_run_alone(folder, tmp_path):
+    """The smallest plan that fits it is kept to; what holds no row at all is refused at once."""
+    model = load(folder, quant="nf4").add_lora(r=4)
+    rows = [{"text": "a" * 510}] * 4
+    shape = {"batch": 4, "seq": 512}
+    roomy, tight = (model.plan(**shape, memory_gib=gib) for gib in (4.0, TIGHT))
+    assert roomy.predicted_gib > tight.predicted_gib
+    model.plan(**shape, memory_gib=3.0)
+    kept = []
+
+    class Seen(Callback):
+        def step(self, record):
+            kept.append((model.planner.memory_gib, list(model.network.planner(4, 512))))
+
+    for gib in (4.0, TIGHT):
+        settings = {"max_steps": 1, "memory_gib": gib, "output": tmp_path / str(gib)}
+        Trainer(model, rows, callbacks=[Seen()], **settings).run()
+        assert model.planner.memory_gib == 3.0
+    assert [gib for gib, _ in kept] == [4.0, TIGHT] and kept[0][1] != kept[1][1]
+    for act in ("run", "dry_run"):
+        trainer = Trainer(model, rows, memory_gib=TOO_SMALL, output=tmp_path / "none")
+        with pytest.raises(BudgetTooSmall, match="1 x 512 tokens need at least"):
+            getattr(trainer, act)()
+    with pytest.raises(KernelUnavailable, match="takes memory_gib; this model runs at ops"):
+        load(folder).train(rows, memory_gib=4.0, output=tmp_path / "full")

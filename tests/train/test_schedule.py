@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sloth.train.schedule import learning_rate
+from sloth.train.schedule import depends_on_length, learning_rate, num_warmup_steps
 from tests import tolerance
 
 
@@ -36,3 +36,9 @@ def test_every_step_has_a_positive_rate_up_to_the_peak(schedule, num_steps, warm
 def test_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="'step' is unknown"):
         learning_rate("step", 1.0, 0, 1)
+
+
+def test_warm_up_as_a_share_is_rounded_up_and_hangs_on_the_length():
+    assert [num_warmup_steps(0, 0.1, n) for n in (1, 9, 10, 11, 100)] == [1, 1, 1, 2, 10]
+    assert num_warmup_steps(7, 0.0, 100) == 7 and num_warmup_steps(0, 0.0, 100) == 0
+    assert depends_on_length("constant", 0.1) and not depends_on_length("constant")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sloth.errors import NonFiniteGradients, SlothError
+from sloth.errors import KernelUnavailable, NonFiniteGradients, SlothError
 from sloth.lora_config import LoraConfig
 from sloth.train import evaluate
 from sloth.train.checkpoint import read_tensors
@@ -35,10 +35,13 @@ CHANGES = {
     "lr": 1e-3,
     "schedule": "cosine",
     "warmup_steps": 2,
+    "warmup_ratio": 0.5,
     "weight_decay": 0.9,
     "clip": 0.01,
     "seed": 1,
     "eval_data": ROWS[3:],
+    "val_set_size": 3,
+    "eval_batch_size": 1,
     "eval_steps": 3,
     "patience": 1,
     "load_best": True,
@@ -51,6 +54,7 @@ CHANGES = {
     "lora_plus": 4.0,
     "neftune": 5.0,
     "max_bad_steps": 1,
+    "memory_gib": 1.0,
     "deterministic": True,
     "trackers": ["wandb"],
     "project": "orders",
@@ -65,6 +69,7 @@ BESIDE = {
     "skip_bad": {"rows": [*ROWS, {"text": 3}]},
     "objective": {**PREFERENCE, "objective": "orpo"},
     "beta": {**PREFERENCE, "objective": "dpo"},
+    "val_set_size": {"eval_data": None, "eval_steps": None},
     "load_best": {"lr": 5.0, "warmup_steps": 4, "eval_steps": 1},
     "patience": {"lr": 5.0, "warmup_steps": 4, "eval_steps": 1},
     "sample_tokens": {"sample_prompts": ["hi"]},
@@ -88,11 +93,12 @@ def outcome(folder, monkeypatch, is_finished=False, is_poisoned=False, rows=ROWS
     library = Library("wandb")
     monkeypatch.setitem(sys.modules, "wandb", library)
     model = FakeModel()
-    plain, modes = model.loss, set()
+    plain, modes, passes = model.loss, set(), []
 
-    def loss(*args, **kwargs):
+    def loss(tokens, *args, **kwargs):
         modes.add(torch.are_deterministic_algorithms_enabled())
-        return plain(*args, **kwargs) * (float("inf") if is_poisoned else 1)
+        passes.append((model.network.training, len(tokens)))
+        return plain(tokens, *args, **kwargs) * (float("inf") if is_poisoned else 1)
 
     model.loss = loss
     settings = {**BASE, "output": folder, "lr": 1e-2, "eval_data": ROWS[:3]}
@@ -113,6 +119,7 @@ def outcome(folder, monkeypatch, is_finished=False, is_poisoned=False, rows=ROWS
         "weights": [p.double().sum().item() for p in model.network.parameters()],
         "moments": sorted(read_tensors(report.paths["checkpoint"], "optimizer")),
         "modes": modes,
+        "passes": passes,
         "tracked": [kwargs["project"] for name, _, kwargs in library.calls if name == "init"],
     }
 
@@ -130,6 +137,7 @@ def test_every_setting_changes_a_run_or_is_refused(name, tmp_path, monkeypatch):
         "quant": "ValueError",
         "columns": "DataError",  # no row has such a column
         "max_bad_steps": NonFiniteGradients.__name__,
+        "memory_gib": "KernelUnavailable",  # below the fused level, as on this fake
     }
     assert after.get("refused") == refused.get(name)
 
@@ -138,6 +146,23 @@ def test_same_settings_give_the_same_run(tmp_path, monkeypatch):
     before = outcome(tmp_path / "x" / "run", monkeypatch)
     after = outcome(tmp_path / "y" / "run", monkeypatch)
     assert {**before, "place": ""} == {**after, "place": ""}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"warmup_steps": 2, "warmup_ratio": 0.5}, "both say how long the warm-up is"),
+        ({"eval_batch_size": 2}, "eval_batch_size=2 has no effect without held-out rows"),
+        ({"patience": 2}, "patience=2 has no effect without eval_data or val_set_size"),
+        ({"memory_gib": 1.0}, "memory_gib"),
+    ],
+)
+@pytest.mark.parametrize("act", ["run", "dry_run"])
+def test_a_setting_without_effect_is_refused(tmp_path, settings, said, act):
+    error = KernelUnavailable if "memory_gib" in settings else ValueError
+    with pytest.raises(error, match=said):
+        getattr(Trainer(FakeModel(), ROWS, output=tmp_path / "run", **settings), act)()
+    assert not list(tmp_path.glob("run/step-*"))
 
 
 # -- dry run ---------------------------------------------------------------------------------------

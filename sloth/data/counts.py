@@ -21,9 +21,10 @@ class DataCounts:
     truncated, split: longer than max_length and cut; pieces: what split ones became. A dropped
     example is not kept: without a trained token, too long, or the other half of such a one in a
     pair; same_answers: pairs whose halves are equal. turns: trained assistant turns;
-    unstopped: of those, without a stop token at their end. by_prefixes: rows whose mask took more
-    than one rendering. longest: tokens of the longest example before any cut. held_out: rows that
-    are evaluated in place of trained on (val_set_size); they are in no other number but `rows`.
+    unstopped: of those, without a stop token at their end; unwritten: whose words the template does
+    not write in full. by_prefixes: rows whose mask took more than one rendering. longest: tokens of
+    the longest example before any cut. held_out: rows that are evaluated in place of trained on
+    (val_set_size); they are in no other number but `rows`.
     """
 
     rows: int = 0
@@ -50,6 +51,7 @@ class DataCounts:
     by_prefixes: int = 0
     longest: int = 0
     held_out: int = 0
+    unwritten: int = 0
 
     @property
     def dropped(self) -> int:
@@ -87,6 +89,8 @@ class DataCounts:
             ),
             f"{self.unstopped} of {self.turns} assistant turns do not end in a token that stops "
             "generation, so the model would not learn to stop there": self.unstopped,
+            f"of {self.unwritten} of {self.turns} assistant turns the chat template leaves words "
+            "out (some drop <think>...</think>), which are not trained": self.unwritten,
             f"{self.double_bos} rows begin with the beginning-of-text token twice; the data may "
             "hold rendered text": self.double_bos,
             f"the chat template of {self.lacks_bos} rows leaves out the beginning-of-text token "
@@ -111,6 +115,7 @@ class DataCounts:
         self.empty += row.is_empty
         self.turns += row.turns
         self.unstopped += row.unstopped
+        self.unwritten += row.unwritten
         self.double_bos += row.has_double_bos
         self.lacks_bos += row.lacks_bos
         self.same_answers += row.has_same_answers

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sloth.data.examples import UNTRAINED, Example
-from sloth.data.masks import Conversation, MaskDisagreement, Span, TemplateShapes
+from sloth.data.masks import Conversation, MaskDisagreement, Rendering, Span, TemplateShapes
 from sloth.data.preference import PREFERENCE, read_pair
 from sloth.data.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
 from sloth.data.settings import TrainOn
@@ -44,8 +44,9 @@ class Encoded:
     """What one row became; a pair, the chosen example and the rejected one.
 
     turns: trained assistant turns; unstopped: of those, the ones whose last trained token would not
-    end an answer. lacks_bos: the template leaves out what the tokenizer puts before a text.
-    has_same_answers: of a pair whose two examples are equal.
+    end an answer; unwritten: the ones whose words the template does not write in full. lacks_bos:
+    the template leaves out what the tokenizer puts before a text. has_same_answers: of a pair whose
+    two examples are equal.
     """
 
     where: str
@@ -57,17 +58,21 @@ class Encoded:
     has_double_bos: bool = False
     lacks_bos: bool = False
     has_same_answers: bool = False
+    unwritten: int = 0
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A row with the texts that it needs encoded; spans: of each text, for a chat."""
+    """A row with the texts that it needs encoded; spans: of each text, for a chat; unwritten: as of
+    `Encoded`.
+    """
 
     where: str
     kind: str
     content: Content
     texts: list[str]
     spans: list[tuple[Span, ...]]
+    unwritten: int = 0
 
 
 class RowEncoder:
@@ -150,11 +155,12 @@ class RowEncoder:
         if isinstance(content, Completion):
             whole = content.prompt + content.completion
             return _Prepared(where, kind, content, [content.prompt, whole], [])
-        renderings = self._renderings(content, where)
-        texts, spans = [one[0] for one in renderings], [one[1] for one in renderings]
-        return _Prepared(where, kind, content, texts, spans)
+        renderings, unwritten = self._renderings(content, where)
+        texts, spans = [one.text for one in renderings], [one.spans for one in renderings]
+        return _Prepared(where, kind, content, texts, spans, unwritten)
 
-    def _renderings(self, content: Chat, where: str) -> list[tuple[str, tuple[Span, ...]]]:
+    def _renderings(self, content: Chat, where: str) -> tuple[list[Rendering], int]:
+        """The texts with their trained spans, and how many of these lack words of the row."""
         chat = self.tokenizer.chat
         if chat is None:
             raise TokenizerMissing(
@@ -164,7 +170,7 @@ class RowEncoder:
         talk = Conversation(chat, content.messages, content.tools, where)
         if self.train_on == "everything":
             text = talk.render(len(talk.messages))
-            return [(text, ((0, len(text)),))]
+            return [Rendering(text, ((0, len(text)),), len(talk.messages))], 0
         trained = [
             index
             for index, message in enumerate(content.messages)
@@ -175,7 +181,12 @@ class RowEncoder:
         if self.train_on == "last":
             trained = trained[-1:]
         found = self.shapes.renderings(talk, tuple(trained))
-        return [(one.text, one.spans) for one in found]
+        written = [(one.text, span) for one in found for span in one.spans]
+        lost = (
+            not _is_written(content.messages[index]["content"], text, span)
+            for index, (text, span) in zip(trained, written, strict=True)
+        )
+        return found, sum(lost)
 
     def _finish(
         self, rows: list[_Prepared], encodings: Future[list[Encoding]]
@@ -249,7 +260,15 @@ class RowEncoder:
         bos = self.tokenizer.bos_id
         lacks = bos in self._before and any(e.tokens[:1] != [bos] for e in examples)
         return Encoded(
-            row.where, row.kind, examples, is_empty(row.content), turns, unstopped, double, lacks
+            row.where,
+            row.kind,
+            examples,
+            is_empty(row.content),
+            turns,
+            unstopped,
+            double,
+            lacks,
+            unwritten=row.unwritten,
         )
 
     def _turn_end(
@@ -290,7 +309,19 @@ def _in_pairs(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
             chosen.has_double_bos or rejected.has_double_bos,
             chosen.lacks_bos or rejected.lacks_bos,
             chosen.examples == rejected.examples,
+            chosen.unwritten + rejected.unwritten,
         )
+
+
+def _is_written(content: str | None, text: str, span: Span) -> bool:
+    """Whether a turn's words are in its span, or begin in the generation prompt before it; white
+    space may differ.
+    """
+    start, end = span
+    near = text[max(0, start - len(content or "")) : end]
+    return (
+        not content or content.strip() in near or "".join(content.split()) in "".join(near.split())
+    )
 
 
 def _require_unicode(text: str, where: str) -> None:

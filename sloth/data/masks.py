@@ -13,7 +13,9 @@ each shape and every 256th after them, to be compared.
 
 A template that writes earlier turns differently once later ones follow (it may drop old reasoning)
 has no one rendering; such a row becomes one example per assistant turn, each as the model would
-meet it.
+meet it. Some write what was asked differently once it is answered (Mistral's put the system text
+into the last message, if that is the user's): there an example is the text that generation is
+given, and the answer as the template writes it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ Span = tuple[int, int]
 LEARN_AT = 3  # sightings of a shape: learning costs as much as a few rows, and many come once
 CHECK_FIRST, CHECK_EACH = 4, 256
 MAX_SHAPES = 4096
+MAX_BETWEEN = 32  # characters between what is asked and the words of the answer
 
 
 class MaskDisagreement(DataError):
@@ -82,35 +85,69 @@ class Conversation:
 
     def renderings(self, trained: Sequence[int]) -> list[Rendering]:
         """By prefixes: one rendering, or one per trained turn. trained: indices of messages."""
-        turns = []
-        for index in trained:
-            through = self.render(index + 1)
-            turns.append(Rendering(through, ((self._turn_start(index), len(through)),), index + 1))
+        turns = [self._turn(index) for index in trained]
         count = len(self.messages)
         whole = self.render(count)
         if all(whole.startswith(turn.text) for turn in turns):
             return [Rendering(whole, tuple(turn.spans[0] for turn in turns), count)]
         return turns
 
+    def _turn(self, index: int) -> Rendering:
+        """The messages up to the assistant's `index`, as the model would meet and write them."""
+        through, before = self.render(index + 1), self.render(index)
+        if through.startswith(before):
+            return Rendering(through, ((self._turn_start(index), len(through)),), index + 1)
+        given = self.render(index, for_generation=True)
+        answer = through[self._answer_start(index, given) :]
+        return Rendering(given + answer, ((len(given), len(given + answer)),), index + 1)
+
     def _turn_start(self, index: int) -> int:
         """Character at which the assistant's message `index` begins.
 
         That is where the text that generation would be given ends. A generation prompt that writes
-        more than the turn keeps (an opened reasoning block) counts as far as they agree.
+        more than the turn keeps (an opened reasoning block) counts as far as they agree. Before a
+        first message generation is given nothing; there the turn begins with its words.
         """
+        if index == 0:
+            return self._words_start(index)
         through, before = self.render(index + 1), self.render(index)
         given = self.render(index, for_generation=True)
-        if not through.startswith(before):
-            raise DataError(
-                f"{self.where}: the chat template writes messages[:{index}] in another way once "
-                f"messages[{index}] follows, so no mask can be given; split the row there"
-            )
         if through.startswith(given):
             return len(given)
         agreed = len(os.path.commonprefix([given, through]))
         content = self.messages[index].get("content")
         found = through.find(content.strip(), len(before)) if isinstance(content, str) else -1
         return max(len(before), min(agreed, found) if found >= 0 else agreed)
+
+    def _words_start(self, index: int) -> int:
+        """Character up to which the message is written as one with other words would be."""
+        content = self.messages[index].get("content")
+        first = content.strip()[:1] if isinstance(content, str) else ""
+        other = {"role": self.messages[index]["role"], "content": "Yq" if first == "X" else "Xq"}
+        otherwise = Conversation(
+            self.chat, [*self.messages[:index], other], self.tools, self.where
+        ).render(index + 1)
+        return len(os.path.commonprefix([self.render(index + 1), otherwise]))
+
+    def _answer_start(self, index: int, given: str) -> int:
+        """Character of the rendering through `index` from which on it is the answer: where what
+        comes before ends as `given` does, with all of the message that is answered.
+        """
+        through, asked = self.render(index + 1), self.messages[index - 1].get("content")
+        words, least = self._words_start(index), len(asked.strip()) if asked else 1
+
+        def agreed(at: int) -> int:
+            return len(os.path.commonprefix([through[:at][::-1], given[::-1]]))
+
+        # A template may write a space between the two, which belongs to the answer.
+        places = range(words, max(0, words - MAX_BETWEEN) - 1, -1)
+        start = max(places, key=agreed)
+        if agreed(start) < least:
+            raise DataError(
+                f"{self.where}: the chat template writes messages[:{index}] in another way once "
+                f"messages[{index}] follows, so no mask can be given; split the row there"
+            )
+        return start
 
 
 @dataclass(frozen=True)

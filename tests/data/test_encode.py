@@ -80,12 +80,13 @@ def test_generation_prompt_that_the_turn_does_not_keep_costs_no_trained_text():
     assert encoded(row, FakeTokenizer(reasoning))[0] == [["<b><|end|>"]]
 
 
-def test_template_that_rewrites_what_came_before_is_refused():
+def test_template_that_rewrites_what_came_before_is_met_as_it_was_asked():
     def counted(messages, for_generation):
         return f"{len(messages)}:" + "".join(m["content"] for m in messages)
 
-    with pytest.raises(DataError, match=r"data\[0\].*messages\[1\]"):
-        encoded({"messages": [say("user", "a"), say("assistant", "b")]}, FakeTokenizer(counted))
+    row = {"messages": [say("user", "a"), say("assistant", "b")]}
+    spans, (example,), tokenizer = encoded(row, FakeTokenizer(counted))
+    assert spans == [["b"]] and tokenizer.decode(example.tokens) == "1:ab"
 
 
 def test_prompt_completion_trains_the_completion_and_end_of_text():

@@ -258,7 +258,7 @@ _FOLDER = "llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates"
 SHIPPED = {  # whether one rendering is enough, for most rows
     "meta-llama-Llama-3.1-8B-Instruct": True,
     "meta-llama-Llama-3.2-3B-Instruct": True,
-    "mistralai-Mistral-Nemo-Instruct-2407": True,
+    "mistralai-Mistral-Nemo-Instruct-2407": False,  # a system text moves, in half of the rows
     "Mistral-Small-3.2-24B-Instruct-2506": True,
     "google-gemma-2-2b-it": True,
     "Qwen-Qwen2.5-7B-Instruct": True,
@@ -285,7 +285,7 @@ def test_row_2_shipped_templates_one_rendering_equals_prefixes(name):
         try:
             exact = Conversation(template, messages, None, "").renderings(trained)
         except DataError:
-            continue  # a template may refuse a system message, or rewrite what came before
+            continue  # a template may refuse a system message
         found = shapes.renderings(Conversation(template, messages, None, ""), trained)
         assert found == exact, json.dumps(messages)
         num_read += 1

@@ -78,7 +78,8 @@ class RunLog:
             self._file.truncate(kept_bytes)
         self._began = time.monotonic()
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
+            bar = BarColumn(bar_width=self._bar_width())
+            columns = (bar, TextColumn("{task.description}", markup=False))
             self._progress = Progress(*columns, console=self.console)
             self._progress.start()
             self._task = self._progress.add_task(
@@ -117,7 +118,7 @@ class RunLog:
             del values["rows"]
         self._write({"event": "step", **values})
         self._smooth(record.loss)
-        line = self._line(record)
+        line = "  ".join(text for _, text in self._pieces(record))
         if record.skipped:
             self.notice(f"{line}  SKIPPED: gradient or loss is not finite; rows {record.rows}")
         elif self._progress is None:
@@ -127,7 +128,9 @@ class RunLog:
             ):
                 self.notice(line)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=record.step, description=line)
+            room = self.console.width - self._bar_width() - 1
+            live = fitted(self._pieces(record), room)
+            self._progress.update(self._task, completed=record.step, description=live)
         self._end_epoch(record)
         for callback in self.callbacks:
             callback.step(record)
@@ -185,19 +188,30 @@ class RunLog:
         for callback in self.callbacks:
             callback.saved(step, folder)
 
-    def _line(self, record: StepRecord) -> str:
+    def _bar_width(self) -> int:
+        return 20 if self.console.width >= 100 else 10
+
+    def _pieces(self, record: StepRecord) -> list[tuple[int, str]]:
+        """(rank, text) of all there is to say of a step, in the order to say it; where room is
+        short, what has the highest ranks is left out.
+        """
         done = record.step - self.first_step
         elapsed = time.monotonic() - self._began
         eta = elapsed / max(done, 1) * (self.num_steps - record.step)
         smoothed = self._smoothed / self._smoothed_weight if self._smoothed_weight else math.nan
-        return (
-            f"step {record.step}/{self.num_steps}  epoch {record.epoch:.2f}  "
-            f"loss {record.loss:.4f} (smoothed {smoothed:.4f})"
-            f"{_shown(record.metrics)}  lr {record.lr:.2e}  "
-            f"grad {record.grad_norm:.3f}  {record.tokens_per_second:.0f} tok/s, "
-            f"{record.trained_tokens}/{record.tokens} trained  "
-            f"{record.memory_bytes / GIB:.2f} GiB  ETA {_clock(eta)}"
-        )
+        return [
+            (0, f"step {record.step}/{self.num_steps}"),
+            (7, f"epoch {record.epoch:.2f}"),
+            (1, f"loss {record.loss:.4f}"),
+            (6, f"(smoothed {smoothed:.4f})"),
+            *((9, f"{_named(name)} {value:.4g}") for name, value in record.metrics.items()),
+            (3, f"lr {record.lr:.2e}"),
+            (8, f"grad {record.grad_norm:.3f}"),
+            (2, f"{record.tokens_per_second:.0f} tok/s"),
+            (10, f"{record.trained_tokens}/{record.tokens} trained"),
+            (4, f"{record.memory_bytes / GIB:.2f} GiB"),
+            (5, f"ETA {_clock(eta)}"),
+        ]
 
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is None:
@@ -252,8 +266,27 @@ def _one_line(text: str) -> str:
     return f"{shown[:SHOWN_CHARACTERS]}..." if len(shown) > SHOWN_CHARACTERS else shown
 
 
+def fitted(pieces: Sequence[tuple[int, str]], width: int, most_lines: int = 2) -> str:
+    """As many pieces as fit into some lines, those of the lowest ranks, in their order."""
+    lines: list[str] = []
+    for most in sorted({rank for rank, _ in pieces}, reverse=True):
+        lines = []
+        for text in (text for rank, text in pieces if rank <= most):
+            if lines and len(lines[-1]) + 2 + len(text) <= width:
+                lines[-1] += f"  {text}"
+            else:
+                lines.append(text)
+        if len(lines) <= most_lines:
+            break
+    return "\n".join(lines[:most_lines])
+
+
+def _named(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
 def _shown(metrics: dict[str, float]) -> str:
-    return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+    return "".join(f"  {_named(name)} {value:.4g}" for name, value in metrics.items())
 
 
 def _clock(seconds: float) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -48,8 +49,8 @@ def logged(tmp_path, records, num_steps, first_step=0, **console):
 def test_plain_line_shows_every_number(tmp_path):
     out = logged(tmp_path, [record(1)], 3)
     line = (
-        "step 1/3  epoch 0.50  loss 1.2500 (smoothed 1.2500)  lr 2.00e-04  grad 0.500  "
-        "200 tok/s, 40/100 trained  1.00 GiB  ETA 0:00"
+        "step 1/3  epoch 0.50  loss 1.2500  (smoothed 1.2500)  lr 2.00e-04  grad 0.500  "
+        "200 tok/s  40/100 trained  1.00 GiB  ETA 0:00"
     )
     assert out.splitlines() == [line, "step 3/3  eval loss 0.7500  perplexity 2.117"]
 
@@ -57,6 +58,36 @@ def test_plain_line_shows_every_number(tmp_path):
 def test_terminal_gets_a_live_line(tmp_path):
     out = logged(tmp_path, [record(1), record(2)], 2, force_terminal=True)
     assert "\x1b[" in out and "step 2/2" in out and "200 tok/s" in out and "ETA" in out
+
+
+PREFERENCES = dict.fromkeys(("reward_chosen", "reward_rejected", "reward_margin"), -1.234)
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "dropped"),
+    [
+        (80, ("step", "loss", "lr", "tok/s", "GiB", "ETA", "smoothed", "grad"), ("reward",)),
+        (60, ("step", "loss", "lr", "tok/s", "GiB", "ETA"), ("reward", "grad", "trained")),
+        (40, ("step", "loss"), ("reward", "smoothed")),
+        (20, ("step",), ("lr", "ETA")),
+        (200, ("step", "loss", "lr", "tok/s", "GiB", "ETA", "grad", "reward", "trained"), ()),
+    ],
+)
+def test_the_live_line_fits_the_terminal_and_keeps_what_matters_most(
+    tmp_path, width, shown, dropped
+):
+    out = io.StringIO()
+    console = Console(file=out, width=width, soft_wrap=True, force_terminal=True)
+    with RunLog(tmp_path / "metrics.jsonl", 0, 200_000, console) as log:
+        log.step(record(120_000, tokens=20_000, metrics=PREFERENCES))
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n")
+    assert all(len(line) <= width for line in frames.splitlines()), frames
+    last = frames[frames.rindex("step 120000") :]
+    assert len(last.strip().splitlines()) <= 2
+    for name in shown:
+        assert name in last, (name, last)
+    for name in dropped:
+        assert name not in last, (name, last)
 
 
 def test_the_smoothed_loss_follows_slowly_and_skips_what_is_not_finite(tmp_path):

@@ -10,8 +10,9 @@ the file, as "dynamic" bitsandbytes checkpoints leave some projections in 16 bit
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from sloth.quant.linear4bit import Linear4bit
 from sloth.text.tokenizer import Tokenizer
 
 QUANTIZATIONS = (None, "nf4")
+# Ten times those of the deepest model there is.
+MAX_LAYERS = 2000
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _BNB_MARK = ".quant_state.bitsandbytes__nf4"
 _BNB_FP4_MARK = ".quant_state.bitsandbytes__fp4"
 
@@ -80,6 +84,7 @@ def assemble(
     config_class, decoder_class = architecture_of(hf_config)
     check_quantization(hf_config)
     _check_stored_quantization(source)
+    check_layers(hf_config, source.names)
     config = config_class.from_hf(hf_config, ignore_config)
     if config.tie_word_embeddings and _has_own_head(source):
         config = replace(config, tie_word_embeddings=False)
@@ -109,6 +114,27 @@ def architecture_of(hf_config: dict[str, Any]) -> tuple[Any, Callable[..., Decod
     return found
 
 
+def check_layers(hf_config: dict[str, Any], names: Collection[str] | None = None) -> None:
+    """Before anything is made for each layer: their number as config.json has it, against the
+    tensors' names if these are known. Raises UnsupportedConfig, CheckpointMismatch.
+    """
+    num_layers = hf_config.get("num_hidden_layers")
+    if not isinstance(num_layers, int | float):  # a config of its own says what is wrong with it
+        return
+    if num_layers > MAX_LAYERS:
+        raise UnsupportedConfig(
+            f"config.json asks for {num_layers} layers, more than the {MAX_LAYERS} of any model"
+        )
+    if names is None:
+        return
+    found = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    stored = max(found, default=-1) + 1
+    if num_layers > stored:
+        raise CheckpointMismatch(
+            f"config.json asks for {num_layers} layers, and the weights are of {stored}"
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a folder, with the model_type that Transformers builds it from.
 
@@ -119,7 +145,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UnknownModel(f"{path} holds no config.json; expected a Hugging Face model folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedConfig(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UnsupportedConfig(f"{file} holds a {type(config).__name__}, expected an object")

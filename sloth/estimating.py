@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sloth.assemble import architecture_of, check_quantization, read_config
+from sloth.assemble import architecture_of, check_layers, check_quantization, read_config
 from sloth.dtypes import resolve_dtype
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
@@ -117,6 +117,7 @@ def on_meta(
         hf_config = text_config(hf_config, ignore_config)
     config_class, decoder_class = architecture_of(hf_config)
     check_quantization(hf_config)
+    check_layers(hf_config)
     config = config_class.from_hf(hf_config, ignore_config)
     is_4bit = quant == "nf4" or bool(hf_config.get("quantization_config"))
     kind = Linear4bit if is_4bit else Linear

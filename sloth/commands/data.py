@@ -5,7 +5,6 @@ Of the model only tokenizer and config are read. Exit code 2 where training woul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     from sloth.data.show import describe_first_row, without_secrets
     from sloth.quiet import say
 
-    tokenizer, num_parameters = _read_model(parsed.model, parsed.revision)
-    check = check_data(parsed.data, tokenizer, config, notice=say)
+    tokenizer, num_parameters, vocab_size = _read_model(parsed.model, parsed.revision)
+    check = check_data(parsed.data, tokenizer, config, say, vocab_size)
     seconds = None
     if num_parameters is not None:
         seconds = epoch_seconds(check.data.counts.tokens, num_parameters)
@@ -100,8 +99,10 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None]:
-    """Its tokenizer, and how many parameters it has (None for an architecture not known)."""
+def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None, int | None]:
+    """Its tokenizer, how many parameters it has and for how many tokens (None for an architecture
+    that is not known).
+    """
     from sloth.formats.gguf import GGUFFile
     from sloth.formats.hub import resolve
     from sloth.text.tokenizer import Tokenizer
@@ -109,32 +110,36 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None]
     path = resolve(name, revision, weights=False).path
     if path.is_file():
         file = GGUFFile(path)
-        return Tokenizer.from_files(file.tokenizer_files()), _num_parameters(file.config)
+        return Tokenizer.from_files(file.tokenizer_files()), *_sizes(file.config)
     tokenizer = Tokenizer.from_folder(path)
-    found = path / "config.json"
-    if not found.is_file():
-        return tokenizer, None
-    return tokenizer, _num_parameters(json.loads(found.read_text(encoding="utf-8")))
+    if not (path / "config.json").is_file():
+        return tokenizer, None, None
+    from sloth.assemble import read_config
+
+    return tokenizer, *_sizes(read_config(path))
 
 
-def _num_parameters(hf_config: dict[str, object]) -> int | None:
+def _sizes(hf_config: dict[str, object]) -> tuple[int | None, int | None]:
+    """(parameters, tokens) of the model that a config.json describes."""
     import torch
 
+    from sloth.assemble import check_layers
     from sloth.linear import Linear
     from sloth.models import ARCHITECTURES, as_auto_config
 
     hf_config = as_auto_config(hf_config)
     kind = ARCHITECTURES.get(str(hf_config.get("model_type")))
     if kind is None:
-        return None
+        return None, None
     try:
+        check_layers(hf_config)
         config = kind[0].from_hf(hf_config)
     except SlothError:
-        return None
+        return None, None
 
     def projection(_: str, in_features: int, out_features: int, bias: bool) -> Linear:
         return Linear(in_features, out_features, bias)
 
     with torch.device("meta"):
         network = kind[1](config, projection)
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in network.parameters()), config.vocab_size

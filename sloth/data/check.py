@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sloth.data.batches import StepPlan
-from sloth.data.dataset import Dataset, Notice
+from sloth.data.dataset import Dataset, Notice, require_vocabulary
 from sloth.data.examples import Examples
 from sloth.data.held_out import load_both
 from sloth.data.settings import RunSettings
@@ -99,10 +99,19 @@ class DataCheck:
 
 
 def check_data(
-    source: Source, tokenizer: Tokenizer, settings: BatchSettings, notice: Notice | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: BatchSettings,
+    notice: Notice | None = None,
+    vocab_size: int | None = None,
 ) -> DataCheck:
-    """Look at data as training would. Raises what training would raise."""
+    """Look at data as training would. vocab_size: rows of the model's embedding, if known. Raises
+    what training would raise.
+    """
     data, held_out = load_both(settings, source, tokenizer, notice)
+    if vocab_size is not None:
+        for one in filter(None, (data, held_out)):
+            require_vocabulary(one, vocab_size)
     plan = StepPlan.of(
         data.num_rows, settings.batch_size, settings.grad_accum, settings.seed, None, 1.0
     )

@@ -184,6 +184,19 @@ def load_for(
     )
 
 
+def require_vocabulary(data: Dataset, vocab_size: int) -> None:
+    """Raise DataError for a token that the model has no row for: on a GPU, looking it up would end
+    the process.
+    """
+    largest = data.examples.largest_id
+    if largest >= vocab_size:
+        raise DataError(
+            f"{data.name} holds the token id {largest}, and the model has rows for {vocab_size} "
+            "tokens (vocab_size); use the model's own tokenizer, or add the tokens in Python with "
+            "model.add_tokens"
+        )
+
+
 class _Maker:
     """Turns the rows of one source into examples, through the cache if there is one."""
 

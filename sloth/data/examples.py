@@ -70,6 +70,11 @@ class Examples(Sequence[Example]):
         part._places, part.lengths, part.rows = places, self.lengths[places], self.rows[places]
         return part
 
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens; a part's may be less."""
+        return max((int(shard["tokens"].max()) for shard in self._shards), default=-1)
+
     def __len__(self) -> int:
         return self._starts[-1] if self._places is None else len(self._places)
 

@@ -28,6 +28,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 200_000
+MAX_NAME_CHARACTERS = 255  # of a file, on any common file system
 MAX_SHARD_BYTES = 5_000_000_000
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
@@ -96,12 +97,22 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     header.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise CheckpointMismatch(f"the header of {file} does not describe {name}")
-        infos[name] = TensorInfo(str(entry["dtype"]), tuple(entry["shape"]), file)
+        if not _describes_tensor(entry):
+            raise CheckpointMismatch(f"the header of {file} does not describe {name[:200]}")
+        infos[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), file)
     with _damage_named(file), safe_open(file, framework="pt", device="cpu"):
         pass  # the library checks offsets, overlaps, holes and the file's length
     return infos
+
+
+def _describes_tensor(entry: Any) -> bool:
+    """Whether a header's entry has a tensor's parts, each of its type."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    return all(
+        isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+        for sizes in (entry.get("shape"), entry.get("data_offsets"))
+    )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,12 +135,14 @@ def _damage_named(file: Path) -> Iterator[None]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name, each a plain name inside the folder."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointMismatch(f"{index} is no shard index: {error!r}") from error
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in entries.values()):
+            raise TypeError("a file name that is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointMismatch(f"{index} is no shard index: {error!r:.200}") from error
     for shard in set(entries.values()):
-        if not _SHARD_NAME.fullmatch(shard) or not _inside(index.parent, index.parent / shard):
+        is_plain = _SHARD_NAME.fullmatch(shard) and len(shard) <= MAX_NAME_CHARACTERS
+        if not is_plain or not _inside(index.parent, index.parent / shard):
             raise CheckpointMismatch(
                 f"{index} names the shard {shard[:200]!r}; only plain *.safetensors names in the "
                 "folder are read"

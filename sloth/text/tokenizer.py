@@ -115,7 +115,13 @@ class Tokenizer:
             raise TokenizerMissing(
                 f"{where} has none of {', '.join(_VOCABULARIES)}; copy the base model's"
             )
-        return cls(files)
+        try:
+            return cls(files)
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            # From strangers: what is of another type than it should be shows where it is used.
+            raise UnsupportedConfig(
+                f"the tokenizer files of {where} cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def _end_at(self, ids: list[int]) -> None:
         """Let these ids end an answer, too, and say so in a file that goes along."""
@@ -204,7 +210,7 @@ class Tokenizer:
             return {}
         try:
             content = json.loads(self._files[name])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UnsupportedConfig(f"{name} is not valid JSON: {error}") from error
         if not isinstance(content, dict):
             raise UnsupportedConfig(f"{name} holds a {type(content).__name__}, expected an object")

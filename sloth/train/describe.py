@@ -31,7 +31,7 @@ def announce(
     if trainer.config.pairs:
         notice(f"objective: {_objective(trainer)}")
     notice(f"data: {trainer.data.summary()}")
-    for warning in trainer.data.counts.warnings():
+    for warning in _warnings(trainer):
         notice(f"WARNING: {warning}")
     if trainer.eval_data:
         notice(f"eval data: {trainer.eval_data.counts.summary()}")
@@ -74,7 +74,21 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
         f"{state.checkpoint_bytes() / MIB:.1f} MiB each, in {config.output or 'a new runs/<time>'}",
         "resume": resume if config.resume else "no",
         "trackers": ", ".join(config.trackers) or "none",
+        "warnings": "; ".join(_warnings(trainer)) or "none",
     }
+
+
+def _warnings(trainer: Trainer) -> list[str]:
+    """What is odd about the data, also for this model."""
+    said = trainer.data.counts.warnings()
+    positions = trainer.model.network.config.max_position_embeddings
+    num_long = int((trainer.data.examples.lengths > positions).sum())
+    if num_long:
+        said.append(
+            f"{num_long} examples are longer than the {positions} positions that the model is made "
+            "for (max_position_embeddings of its config.json); a smaller max_length cuts them"
+        )
+    return said
 
 
 def _objective(trainer: Trainer) -> str:

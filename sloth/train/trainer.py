@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.data.dataset import Batch, Dataset, Source, StepPlan
+from sloth.data.dataset import Batch, Dataset, Source, StepPlan, require_vocabulary
 from sloth.data.held_out import load_both
 from sloth.errors import Interrupted, NonFiniteGradients
 from sloth.quiet import say
@@ -99,6 +99,8 @@ class Trainer:
         tokenizer = model.tokenizer
         notice = say if self.ranks.is_first else None
         self.data, self.eval_data = load_both(config, data, tokenizer, notice)
+        for held in filter(None, (self.data, self.eval_data)):
+            require_vocabulary(held, model.network.config.vocab_size)
         if config.eval_batch_size is not None and self.eval_data is None:
             raise ValueError(
                 f"eval_batch_size={config.eval_batch_size} has no effect without held-out rows: "

@@ -18,7 +18,7 @@ from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6))
+    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, None))
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0]]))
     return file
@@ -121,8 +121,14 @@ def test_time_of_an_epoch_grows_with_tokens_and_parameters(monkeypatch):
 def test_the_command_reads_a_real_models_tokenizer_and_size(tmp_path):
     from tests.assets import smollm2
 
-    tokenizer, num_parameters = data_command._read_model(str(smollm2()), None)
-    assert tokenizer.chat is not None and num_parameters == 134_515_008
+    tokenizer, *sizes = data_command._read_model(str(smollm2()), None)
+    assert tokenizer.chat is not None and sizes == [134_515_008, 49_152]
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused(file, monkeypatch, capsys):
+    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, 100))
+    assert cli.main(["data", "check", str(file), "--model", "m"]) == 2
+    assert "the model has rows for 100 tokens (vocab_size)" in capsys.readouterr().err
 
 
 def test_anything_but_check_is_refused(capsys):

@@ -77,16 +77,24 @@ def test_written_files_have_the_mode_of_the_umask(tmp_path):
         ({"a": entry(0, 4, (2**40, 2**40))}, "damaged"),
         ({"a": entry(0, 2**40)}, "damaged"),
         (b"[" * 5000, "cannot be read"),
+        ({"a": entry() | {"shape": 5}}, "describe a"),
+        ({"a": entry() | {"shape": [1, "2"]}}, "describe a"),
+        ({"a": entry() | {"shape": [True]}}, "describe a"),
+        ({"a": entry() | {"shape": [-1]}}, "describe a"),
+        ({"a": entry() | {"shape": None}}, "describe a"),
+        ({"a": entry() | {"data_offsets": {"0": 4}}}, "describe a"),
+        ({"a": entry() | {"dtype": ["F32"]}}, "describe a"),
+        ({"a": 3}, "describe a"),
     ],
 )
-def test_hostile_headers_are_refused_by_file_name(tmp_path, header, words):
+def test_row_26_hostile_headers_are_refused_by_file_name(tmp_path, header, words):
     file = raw(tmp_path / SINGLE_NAME, header, b"\0" * 12)
     with pytest.raises(CheckpointMismatch, match=words) as caught:
         SafetensorsFolder(tmp_path)
     assert file.name in str(caught.value)
 
 
-def test_trailing_bytes_truncation_and_lying_lengths_are_refused(tmp_path):
+def test_row_26_trailing_bytes_truncation_and_lying_lengths_are_refused(tmp_path):
     file = tmp_path / SINGLE_NAME
     save_file(TENSORS, file)
     whole = file.read_bytes()
@@ -99,7 +107,7 @@ def test_trailing_bytes_truncation_and_lying_lengths_are_refused(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-def test_a_huge_header_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+def test_row_26_a_huge_header_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_HEADER_BYTES", 1000)
     raw(tmp_path / SINGLE_NAME, {f"t{i}": entry(0, 0, (0,)) for i in range(100)})
     with pytest.raises(CheckpointMismatch, match="at most 1000"):
@@ -112,7 +120,7 @@ def test_a_huge_header_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_flipped_header_byte_gives_an_error_or_another_header_never_a_crash(data):
+def test_row_26_a_flipped_header_byte_gives_an_error_or_another_header_never_a_crash(data):
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +151,7 @@ def test_a_flipped_header_byte_gives_an_error_or_another_header_never_a_crash(da
         "",
     ],
 )
-def test_index_that_points_outside_the_folder_is_refused(tmp_path, shard):
+def test_row_25_an_index_that_points_outside_the_folder_is_refused(tmp_path, shard):
     save_file(TENSORS, tmp_path / "outside.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
@@ -152,7 +160,67 @@ def test_index_that_points_outside_the_folder_is_refused(tmp_path, shard):
         SafetensorsFolder(folder)
 
 
-def test_links_out_of_the_folder_are_refused_and_a_hub_cache_is_not(tmp_path):
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        JSON_VALUES,
+        st.fixed_dictionaries(
+            {},
+            optional={
+                name: JSON_VALUES | st.lists(st.integers(0, 9), max_size=3) | st.just("F32")
+                for name in ("dtype", "shape", "data_offsets")
+            },
+        ),
+    )
+)
+def test_row_26_an_entry_of_any_types_is_refused_by_the_files_name(tmp_path_factory, held):
+    file = raw(tmp_path_factory.mktemp("types") / SINGLE_NAME, {"a": held}, b"\0" * 12)
+    with pytest.raises(CheckpointMismatch, match=SINGLE_NAME):
+        read_header(file)
+
+
+PARTS = st.sampled_from(
+    ("..", ".", "/", "\\", "C:", "\0", "~", "a", "model", ".safetensors", "%2e")
+)
+NAMES = st.one_of(
+    st.text(max_size=20),
+    st.lists(PARTS, max_size=8).map("".join),
+    st.lists(PARTS, max_size=8).map(lambda parts: "".join(parts) + ".safetensors"),
+    st.integers(200, 6000).map(lambda length: "x" * length + ".safetensors"),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), NAMES | JSON_VALUES, min_size=1, max_size=3))
+def test_row_25_no_name_in_an_index_reads_a_file_outside_the_folder(tmp_path_factory, weight_map):
+    """Whatever it says: refused, or files of the folder, of which there are none."""
+    place = tmp_path_factory.mktemp("names")
+    folder = place / "model"
+    folder.mkdir()
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    opened = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "read_header", lambda file: opened.append(file) or {})
+        with pytest.raises(CheckpointMismatch):
+            SafetensorsFolder(folder)
+    assert not opened
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"weight_map": ' + "[" * 100_000, "[]", "3"])
+def test_row_25_an_index_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / INDEX_NAME).write_text(text)
+    with pytest.raises(CheckpointMismatch, match="no shard index"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_row_25_links_out_of_the_folder_are_refused_and_a_hub_cache_is_not(tmp_path):
     outside = tmp_path / "outside.safetensors"
     save_file(TENSORS, outside)
     folder = tmp_path / "model"
@@ -186,7 +254,7 @@ def test_an_index_that_lies_is_refused(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-def test_pickled_weights_are_refused_with_the_way_out_and_never_run(tmp_path):
+def test_row_24_pickled_weights_are_refused_with_the_way_out_and_never_run(tmp_path):
     canary = tmp_path / "canary"
     (tmp_path / "pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."

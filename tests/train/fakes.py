@@ -131,6 +131,7 @@ class FakeNetwork(nn.Module):
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=512)
         self.embed_tokens = nn.Embedding(vocab_size, size)
         self.q_proj = FakeLinear(size)
         self.norm = nn.LayerNorm(size)

@@ -239,6 +239,28 @@ def test_settings_that_cannot_take_effect_are_refused():
         Trainer(FakeModel(), ROWS, max_length=4)
 
 
+def test_tokens_that_the_model_has_no_row_for_are_refused_before_training(output):
+    """Of a tokenizer that is larger than the model; held-out rows, too."""
+    rows = [{"text": "abc"}, {"text": "abz"}]
+    model = FakeModel()
+    model.network.config.vocab_size = model.tokenizer.encode("z", False)[0]
+    Trainer(model, rows[:1], output=output, max_steps=1).run()
+    said = r"holds the token id 126, and the model has rows for 126 tokens .vocab_size."
+    for settings in ({"eval_data": rows}, {}):
+        with pytest.raises(DataError, match=said):
+            Trainer(model, rows[: 1 if settings else 2], **settings)
+
+
+def test_examples_longer_than_the_models_positions_are_told(output, capsys):
+    model = FakeModel()
+    model.network.config.max_position_embeddings = 70
+    trainer = Trainer(model, ROWS, output=output, max_steps=1)
+    said = "2 examples are longer than the 70 positions that the model is made for"
+    assert said in trainer.dry_run()["warnings"]
+    trainer.run()
+    assert f"WARNING: {said}" in capsys.readouterr().out
+
+
 def test_frozen_model_is_refused(output):
     model = FakeModel()
     model.network.requires_grad_(False)

@@ -113,7 +113,10 @@ class Trackio(Wandb):
 
 
 class MLflow(Callback):
-    """Parameters and metrics of a run in the experiment named like the project."""
+    """Parameters and metrics of a run in the experiment named like the project. A resumed training
+    continues it, by the id that its folder keeps; its parameters stay those of the beginning, as
+    mlflow changes none.
+    """
 
     def __init__(self, project: str | None) -> None:
         self._project = project or DEFAULT_PROJECT
@@ -121,8 +124,13 @@ class MLflow(Callback):
     def start(self, output: Path, settings: dict[str, Any]) -> None:
         self._library = importlib.import_module("mlflow")
         self._library.set_experiment(self._project)
-        self._library.start_run(run_name=Redactor().text(output.name))
+        kept = output / "mlflow_run_id"
+        if kept.is_file():
+            self._library.start_run(run_id=kept.read_text(encoding="utf-8").strip())
+            return
+        run = self._library.start_run(run_name=Redactor().text(output.name))
         self._library.log_params(settings)
+        kept.write_text(f"{run.info.run_id}\n", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
         self._library.log_metrics(step_metrics(record), step=record.step)

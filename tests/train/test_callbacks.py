@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -77,6 +77,7 @@ class Library(ModuleType):
         super().__init__(name)
         self.calls: list[tuple] = []
         self.__spec__ = type(sys.__spec__)(name, None)
+        self.info = SimpleNamespace(run_id="0a1b2c")  # of the run that mlflow.start_run gives
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -122,6 +123,15 @@ def test_mlflow_gets_parameters_metrics_and_an_end(monkeypatch, tmp_path):
     assert named(calls, "log_params")[0][0][0]["seed"] == 0
     assert len(named(calls, "log_metrics")) == 8
     assert calls[-1] == ("end_run", ("FINISHED",), {})
+
+
+def test_mlflow_continues_its_run_when_training_is_resumed(monkeypatch, tmp_path):
+    """Its parameters cannot change, and some have: resume itself is one."""
+    first = run_with(monkeypatch, tmp_path, "mlflow")
+    again = run_with(monkeypatch, tmp_path, "mlflow", resume=True)
+    assert named(first, "start_run") == [((), {"run_name": "run"})]
+    assert named(again, "start_run") == [((), {"run_id": "0a1b2c"})]
+    assert len(named(first, "log_params")) == 1 and not named(again, "log_params")
 
 
 def test_tensorboard_gets_scalars_in_the_runs_folder(monkeypatch, tmp_path):

@@ -196,7 +196,7 @@ MOST_BYTES = 100 * 2**20
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template_ends_quickly(name: str) -> None:
+def test_row_23_hostile_template_ends_quickly(name: str) -> None:
     messages = [dict(message) for message in PLAIN]
     began = time.process_time()
     with pytest.raises(DataError) as caught:
@@ -208,7 +208,7 @@ def test_hostile_template_ends_quickly(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(HOSTILE) - MAKES_NOTHING))
-def test_hostile_template_takes_little_memory(name: str) -> None:
+def test_row_23_hostile_template_takes_little_memory(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DataError):

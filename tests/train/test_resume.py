@@ -14,6 +14,7 @@ from sloth.lora_config import LoraConfig
 from sloth.train import checkpoint
 from sloth.train.identity import Identity, refuse_changes
 from sloth.train.trainer import Trainer
+from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
 from tests.train.fakes import ROWS, FakeModel
 from tests.train.runs import ROOT, SETTINGS, metrics, same, train, weights
 
@@ -242,7 +243,29 @@ def test_what_does_not_change_the_curve_may_change(tmp_path):
     assert report.losses == straight.losses
 
 
-def test_constant_schedule_can_be_extended(tmp_path):
+def test_row_13_a_resumed_run_has_the_rates_of_the_whole_and_no_other_length(tmp_path):
+    """Both lengths are named where they differ, however they were given."""
+    for schedule in ("linear", "cosine", "wsd"):
+        settings = {"schedule": schedule, "max_steps": 16}
+        train(tmp_path / f"{schedule} whole", **settings)
+        train(tmp_path / schedule, stop_after=13, **settings)
+        for changed in ({"max_steps": 18}, {"max_steps": None, "epochs": 1.0}):
+            now = 18 if changed["max_steps"] else 2
+            said = rf"number of steps \(max_steps, epochs\) was 16, now {now}"
+            with pytest.raises(ValueError, match=said):
+                train(tmp_path / schedule, resume=True, **{**settings, **changed})
+        train(tmp_path / schedule, resume=True, **settings)
+        rates = [
+            [row["lr"] for row in metrics(tmp_path / n)] for n in (f"{schedule} whole", schedule)
+        ]
+        assert rates[0] == rates[1] and len(set(rates[0])) > 3
+    ratio = {"schedule": "constant", "warmup_steps": 0, "warmup_ratio": 0.5}
+    train(tmp_path / "ratio", stop_after=2, **ratio)
+    with pytest.raises(ValueError, match="number of steps"):
+        train(tmp_path / "ratio", resume=True, max_steps=12, **ratio)
+
+
+def test_row_13_a_schedule_that_knows_no_end_can_be_extended(tmp_path):
     _, straight = train(tmp_path / "straight", schedule="constant")
     train(tmp_path / "run", schedule="constant", max_steps=3)
     _, report = train(tmp_path / "run", schedule="constant", resume=True)
@@ -271,6 +294,59 @@ def test_resume_on_a_gpu_is_bitwise_in_deterministic_mode(tmp_path):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     subprocess.run([sys.executable, "-c", ON_GPU, str(tmp_path / "a")], env=environment, check=True)
+
+
+# A real model in the way that most train: 4-bit base, bf16, the fused level, packed rows.
+REAL = """
+import sys
+from pathlib import Path
+import torch
+import sloth
+from tests.train.fakes import ROWS, FakeTokenizer
+from tests.train.runs import DieIn, Stopped, metrics, same, weights
+from sloth.train.trainer import Trainer
+place, device = Path(sys.argv[1]), sys.argv[2]
+num_steps, stops = (6, (1, 2, 5)) if device == "cuda" else (4, (2,))
+settings = {
+    "max_steps": num_steps, "batch_size": 2, "grad_accum": 3, "lr": 1e-2, "save_steps": 1,
+    "packing": True, "max_length": 120, "deterministic": True, "warmup_steps": 2,
+    "lora": sloth.LoraConfig(r=4, dropout=0.2),
+}
+def run(name, stop=None, **changes):
+    model = sloth.load(place / "base", quant="nf4", dtype="bfloat16", device=device)
+    model._tokenizer = FakeTokenizer()
+    callbacks = [] if stop is None else [DieIn(stop + 1)]
+    changes |= {**settings, "output": place / name}
+    try:
+        report = Trainer(model, ROWS, callbacks=callbacks, **changes).run()
+    except Stopped:
+        return
+    assert (model.level, model.dtype, model.is_quantized) == ("fused", torch.bfloat16, True)
+    return report.losses, metrics(place / name), weights(model)
+losses, lines, held = run("straight")
+assert losses[-1] < losses[0] and all("grad_norm" in line and "lr" in line for line in lines)
+for stop in stops:
+    run(f"half-{stop}", stop)
+    torch.rand(stop, device=device)
+    again = run(f"half-{stop}", resume=True)
+    assert again[0] == losses, (again[0], losses)
+    assert again[1] == lines and same(again[2], held)
+print("bitwise")
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_row_12_resume_of_a_4_bit_base_in_bf16_at_the_fused_level_is_bitwise(tmp_path, device):
+    """Losses, rates, norms, tokens and weights, in deterministic mode; a process of its own, as
+    cuBLAS reads its workspace setting once.
+    """
+    save_tiny_llama(tmp_path / "base", **WHOLE_BLOCKS)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-c", REAL, str(tmp_path), device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("bitwise\n"), done.stderr[-2000:]
 
 
 def test_deterministic_mode_on_a_gpu_needs_its_environment(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, roofline, run
+from benchmarks import prepare_rows, report, roofline, run
 from benchmarks.cases import KernelCase, relative_error, run_case, within
 from benchmarks.common import RESULT_MARK, find_results, percentile
 from benchmarks.data import IGNORED, MEAN_LENGTH, document_lengths, packed_batch, random_batch
@@ -18,6 +18,7 @@ from benchmarks.kernels import attention
 from benchmarks.report import DifferentGPUs, Row, disagreement, median_rows, merge, render, slug
 from benchmarks.roofline import ModelShape
 from sloth.models import ARCHITECTURES
+from tests.train.fakes import FakeTokenizer
 from tools.pack_peers import keeper
 from tools.random_checkpoint import random_tensors
 from tools.shapes import SHAPES, hf_config
@@ -382,3 +383,14 @@ def test_attention_is_held_against_its_window_cap_and_documents(softcap: float |
 def test_errors_are_held_against_the_baselines() -> None:
     assert within([0.019, 0.001], [0.01, 0.0])
     assert not within([0.021, 0.001], [0.01, 0.0])
+
+
+def test_preparing_rows_is_timed_on_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare_rows, "_read_model", lambda *rest: (FakeTokenizer(), None, None))
+    monkeypatch.setattr("sys.argv", ["prepare_rows", "model", "--rows", "60"])
+    monkeypatch.setenv("SLOTH_CACHE", "")
+    prepare_rows.main()
+    said = capsys.readouterr().out
+    assert "60 rows, " in said and "minutes a million (from 60)" in said and "MiB above" in said

@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -136,7 +136,9 @@ class RunLog:
             callback.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
-        """Report a loss on held-out rows and answers to the prompts."""
+        """Report a loss on held-out rows and answers to the prompts, without secrets."""
+        safe = self._redactor.text
+        record = replace(record, samples=[(safe(p), safe(a)) for p, a in record.samples])
         values: dict[str, Any] = {"event": "eval", "step": record.step}
         if record.loss is not None:
             measured = {f"eval_{name}": value for name, value in record.metrics.items()}

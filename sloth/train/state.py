@@ -178,8 +178,8 @@ class TrainState:
         generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
         checkpoint.set_rng(generators, self.model.device)
         self.progress = Progress(**state["progress"])
-        before = Identity(**state["identity"]).eval_data
-        if self.progress.eval_losses and before is not None and before != self.identity.eval_data:
+        before, now = Identity(**state["identity"]).eval_data, self.identity.eval_data
+        if self.progress.eval_losses and None not in (before, now) and before != now:
             self.progress.eval_losses = {}
             changed.append("held-out rows, so the best loss and patience begin anew")
         return changed

@@ -139,7 +139,7 @@ def _predicted(model: Model, batch: int, seq: int, config: TrainConfig) -> Plan:
     """What a pass of this shape will take, within the budget that the settings state, if any."""
     from sloth.planning import host_share_gib, predict
     from sloth.train.memory import make_plan
-    from sloth.train.step_memory import NetworkSizes
+    from sloth.train.network_sizes import NetworkSizes
 
     if config.memory_gib is None:
         return predict(model, batch, seq, config.optimizer)

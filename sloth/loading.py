@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from sloth.machine import resolve_device
 from sloth.model import Model
 from sloth.new_tokens import grow_network, rows_of_adapter
 from sloth.text.tokenizer import Tokenizer
+
+_APPROXIMATE = (
+    "base_compute='fp8' is an approximation: after 400 steps on real text the adapter of a 135M "
+    "model had a held-out loss 0.8% above that trained without it, more than seeds differ; compare "
+    "before you rely on it"
+)
 
 
 def load(
@@ -42,7 +49,8 @@ def load(
     level: "auto", or a kernel level by name: reference, ops, fused.
     base_compute: "fp8" freezes the base and multiplies by its matrices in 8-bit floats wherever the
     fused level runs, an approximation that trains faster (`kernels/fp8.py`); on GPUs of compute
-    capability 8.9 or above in bf16, emulated on a CPU. Files are written from the base as loaded.
+    capability 8.9 or above in bf16, emulated on a CPU. Files are written from the base as loaded,
+    and held-out losses are taken of it. Warns of what it costs in quality.
     revision: branch, tag or commit on the hub. ignore_config: config.json keys to leave unread.
     A dense load leaves every parameter trainable; an NF4 load, or one with base_compute, none until
     `add_lora`.
@@ -60,6 +68,7 @@ def load(
         ignore_config=ignore_config,
     )
     if compute is not None:
+        warnings.warn(_APPROXIMATE, stacklevel=2)
         parts.network.requires_grad_(False)
     model = Model(
         parts.network,

@@ -16,11 +16,14 @@ from sloth.errors import KernelUnavailable
 from sloth.estimating import estimate
 from sloth.infer.generate import generate_tokens
 from sloth.kernels.fp8 import FP8Weight
+from sloth.train.evaluate import summed
 from sloth.train.memory import make_plan
 from sloth.train.network_sizes import NetworkSizes
 from tests import tolerance
 from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
 from tests.test_lora import randomised
+
+pytestmark = pytest.mark.filterwarnings("ignore:base_compute='fp8' is an approximation")
 
 TOKENS = torch.randint(3, 160, (2, 40), generator=torch.Generator().manual_seed(5))
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
@@ -181,3 +184,23 @@ def test_a_model_on_a_gpu_is_near_the_one_a_cpu_emulates(folder: Path, tmp_path:
     assert (on_gpu - on_cpu).norm() / on_cpu.norm() < 4**0.5 * tolerance.E4M3_LAYER
     assert gradients.keys() == names.keys() and len(names) == 2 * 7 * 4
     assert all(value.isfinite().all() and value.norm() > 0 for value in gradients.values())
+
+
+def test_its_cost_is_said(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="0.8% above"):
+        sloth.load(folder, device="cpu", base_compute="fp8")
+
+
+def test_held_out_losses_are_those_of_the_model_that_is_saved(folder: Path) -> None:
+    losses = {}
+    for compute in (None, "fp8"):
+        model = adapted(folder, compute, quant="nf4")
+
+        def measure(rows: list[int], model: sloth.Model = model) -> torch.Tensor:
+            return model.loss(TOKENS[rows], TOKENS[rows])[None]
+
+        losses[compute] = summed([[0], [1]], measure, model.network)
+        with torch.no_grad():
+            trained_on = sum(measure([row]).item() for row in (0, 1))
+        assert (losses[compute] == [trained_on]) == (compute is None)
+    torch.testing.assert_close(losses["fp8"], losses[None], **tolerance.same_maths(torch.float32))

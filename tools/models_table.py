@@ -10,16 +10,13 @@ names people know the models by stand here; a type without one, or an alias nobo
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 from sloth.formats.gguf_archs import arch_of_model
 from sloth.formats.hub import ALIASES
 from sloth.formats.wrapper import WRAPPERS
 from sloth.kernels.dispatch import TWINS
 from sloth.models import ARCHITECTURES
+from tools.readme import between, command
 
-README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN = "<!-- models: python -m tools.models_table --write -->"
 END = "<!-- end of models -->"
 COMMAND = "python -m tools.models_table --write"
@@ -75,19 +72,8 @@ def table() -> str:
 
 def rewritten(readme: str) -> str:
     """The README's text with the table as it is now."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    if not parser.parse_args().write:
-        print(table())
-        return
-    README.write_text(rewritten(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return between(readme, BEGIN, END, table())
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__ or "", table, rewritten)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sloth
 from benchmarks.quality.work import ALPHA, DEVICE, DTYPE, RANK, arguments, train
+from sloth.lora import draw_lora
 
 
 def run(name: str, description: str, base_compute: str | None = None) -> None:
@@ -13,6 +14,7 @@ def run(name: str, description: str, base_compute: str | None = None) -> None:
         args.work / "model", dtype=DTYPE, device=str(DEVICE), base_compute=base_compute
     )
     model.add_lora(r=RANK, alpha=ALPHA)
+    draw_lora(model.network, args.seed)
     model.network.train()
     trainable = [p for p in model.network.parameters() if p.requires_grad]
     train(name, args, model.loss, trainable, model.network.as_stored)

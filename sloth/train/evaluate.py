@@ -6,7 +6,8 @@
 Never needs more memory than training: no gradients, so no activations are kept; the loss is the
 training's own, which holds no logits; and a pass reads no more padded tokens than training's
 largest. Rows go longest first, so a pass that does not fit shows at once and is halved. Dropout is
-off and no random number is drawn: training goes on as if nobody had looked.
+off and no random number is drawn: training goes on as if nobody had looked. What is measured is the
+model that will be saved: products in 8 bits, an approximation of training, are left out.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
 
 @torch.no_grad()
 def summed(
-    batches: Sequence[list[int]], measure: Callable[[list[int]], Tensor], network: nn.Module
+    batches: Sequence[list[int]], measure: Callable[[list[int]], Tensor], network: Any
 ) -> list[float]:
-    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass."""
-    with evaluating(network):
+    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass.
+
+    network: a Decoder.
+    """
+    with evaluating(network), network.as_stored():
         measured = [measure(rows).tolist() for rows in batches]
         return [math.fsum(shares) for shares in zip(*measured, strict=True)]
 

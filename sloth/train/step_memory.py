@@ -213,8 +213,10 @@ class StepMemory:
         peak = self.peak(keeps, embedding_on_host)
         tiles = [keep.tile_tokens for keep in keeps if keep.tile_tokens is not None]
         rows = min(max(tiles, default=self.rows), self.rows)
-        largest = rows * padded(2 * self.sizes.ffn + self.sizes.ranks[2]) * self.sizes.element
-        holes = largest * (_HOLES_BETWEEN_TILES if rows < self.rows else _HOLES)
+        element = self.sizes.element
+        tile = rows * padded(2 * self.sizes.ffn + self.sizes.ranks[2]) * element
+        holes = tile * (_HOLES_BETWEEN_TILES if rows < self.rows else _HOLES)
+        holes = max(holes, self.rows * self._attention_sums * element * _HOLES)
         return peak + max(holes - FRAGMENTATION * peak, 0)
 
     def head_chunk(self, keeps: Sequence[Keep]) -> int:

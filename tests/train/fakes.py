@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +136,7 @@ class FakeNetwork(nn.Module):
         self.q_proj = FakeLinear(size)
         self.norm = nn.LayerNorm(size)
         self.lm_head = nn.Linear(size, vocab_size, bias=False)
+        self.as_stored = nullcontext
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(tokens)

@@ -1,0 +1,77 @@
+"""The README's table of speeds, made from the results that the benchmarks wrote.
+
+    python -m tools.speed_table            # print it
+    python -m tools.speed_table --write    # put it into README.md, between its two markers
+
+Rows are those of Llama-3.1-8B with LoRA r=16 in `benchmarks/results/h100.json`: every setting of
+sloth, with Unsloth's on the same tokens beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tools.readme import README, between, command
+
+RESULTS = README.parent / "benchmarks" / "results" / "h100.json"
+BEGIN = "<!-- speeds: python -m tools.speed_table --write -->"
+END = "<!-- end of speeds -->"
+COMMAND = "python -m tools.speed_table --write"
+MODEL, RANK = "llama-3.1-8b", 16
+PEERS = ("unsloth", "unsloth-best")
+
+Row = dict[str, Any]
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["dtype"], row["batch"], row["length"], row["packed"]
+
+
+def _figures(row: Row | None) -> list[str]:
+    """Tokens a second and GiB, as the table shows them."""
+    if row is None:
+        return ["", ""]
+    is_recorded = "launches recorded" in row["setting"]
+    gib = row["reserved_gib"] if is_recorded else row["peak_gib"]
+    return [f"{row['tokens_per_s']:,.0f}", f"{gib:.1f}"]
+
+
+def _setting(who: str, dtype: str) -> str:
+    base = "bf16 base" if dtype == "bf16" else "NF4"
+    if who == "sloth-fp8":
+        return f'{base}, `base_compute="fp8"`'
+    _, _, cap = who.partition("@")
+    return f"{base}, within {cap} GiB" if cap else base
+
+
+def table() -> str:
+    """Markdown: tokens a second of sloth and of Unsloth, and GiB handed out at most; reserved ones
+    where launches are recorded, whose tensors lie in memory that is never handed out."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [r for r in results["train"] if (r["model"], r["rank"]) == (MODEL, RANK)]
+    rows = [row for row in rows if "failed" not in row]
+    lines = [
+        "| tokens | | sloth | GiB | Unsloth's default | GiB | without checkpointing | GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for case in dict.fromkeys(map(_case, rows)):
+        same = [row for row in rows if _case(row) == case]
+        peers = {row["who"]: row for row in same if row["who"] in PEERS}
+        dtype, batch, length, packed = case
+        shape = f"{batch}x{length}" + " packed" * packed
+        for row in same:
+            if row["who"].startswith("sloth"):
+                beside = [figure for name in PEERS for figure in _figures(peers.get(name))]
+                cells = [shape, _setting(row["who"], dtype), *_figures(row), *beside]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rewritten(readme: str) -> str:
+    """The README's text with the table as it is now."""
+    return between(readme, BEGIN, END, table())
+
+
+if __name__ == "__main__":
+    command(__doc__ or "", table, rewritten)

@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--memory-gib", type=float)
     parser.add_argument("--base-compute", choices=("fp8",))
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--rows", type=int, default=40, help="of the tables")
     parser.add_argument("--host", action="store_true", help="profile the host's functions too")
     args = parser.parse_args()
     model = sloth.load(args.folder, dtype=torch.bfloat16, base_compute=args.base_compute)
-    model.add_lora(sloth.LoraConfig(r=args.rank, alpha=16))
+    model.add_lora(sloth.LoraConfig(r=args.rank, alpha=16, use_dora=args.dora))
     chosen = model.plan(batch=args.batch, seq=args.length, memory_gib=args.memory_gib)
     print(chosen)
     model.network.planner = lambda batch, seq: chosen.keeps  # also on the host's few tokens

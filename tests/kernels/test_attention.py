@@ -239,8 +239,15 @@ def on_a_gpu(dtype: torch.dtype, num_queries: int, num_keys: int, head_dim: int)
         (torch.bfloat16, "window", 30.0, "triton"),
     ],
 )
-def test_a_whole_prompt_on_a_gpu_makes_no_dense_mask(dtype, layout, softcap, expected) -> None:
+def test_a_whole_prompt_on_a_gpu_makes_no_dense_mask(
+    dtype: torch.dtype,
+    layout: str,
+    softcap: float | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     known = layouts(9, 9)[layout]
     q, k = on_a_gpu(dtype, 9, 9, 128)
     assert choose_backend(q, k, known, softcap) == expected
@@ -256,6 +263,32 @@ def test_a_whole_prompt_on_a_gpu_makes_no_dense_mask(dtype, layout, softcap, exp
 def test_fp32_on_a_gpu_keeps_the_kernel_that_takes_any_shape(num_queries, num_keys, head_dim):
     q, k = on_a_gpu(torch.float32, num_queries, num_keys, head_dim)
     assert choose_backend(q, k, AttentionLayout(window=3)) == "efficient"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "plain", "windowed"),
+    [
+        ((8, 0), 128, "flash", "flash"),
+        ((9, 0), 128, "cudnn", "triton"),
+        ((9, 0), 256, "cudnn", "triton"),
+        ((10, 0), 128, "cudnn", "flash"),
+        ((10, 0), 256, "flash", "flash"),
+    ],
+)
+def test_the_kernel_in_16_bits_follows_the_gpu(
+    capability: tuple[int, int],
+    head_dim: int,
+    plain: str,
+    windowed: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q, k = on_a_gpu(torch.bfloat16, 9, 9, head_dim)
+    assert choose_backend(q, k, AttentionLayout()) == plain
+    assert choose_backend(q, k, AttentionLayout(window=3)) == windowed
+    one, keys = on_a_gpu(torch.bfloat16, 1, 9, head_dim)
+    assert choose_backend(one, keys, AttentionLayout()) == "flash"
 
 
 # q heads and kv heads, head dim
@@ -326,16 +359,18 @@ def test_the_layout_of_the_incoming_gradient_does_not_matter(
 
 @pytest.mark.gpu
 def test_gpu_backends_are_chosen_as_documented() -> None:
-    hopper = torch.cuda.get_device_capability()[0] >= 9
+    major = torch.cuda.get_device_capability()[0]
+    ours = "triton" if major == 9 else "flash"
 
     def chosen(dtype: torch.dtype, head_dim: int, name: str = "plain", num_queries: int = 9) -> str:
         q, k, _ = qkv((num_queries, 9), dtype, "cuda", head_dim=head_dim)
         return choose_backend(q, k, layouts(num_queries, 9, "cuda")[name])
 
-    assert chosen(torch.bfloat16, 128) == ("cudnn" if hopper else "flash")
-    assert chosen(torch.float16, 256) == "flash"
+    assert chosen(torch.bfloat16, 128) == ("cudnn" if major >= 9 else "flash")
+    assert chosen(torch.float16, 256) == ("cudnn" if major == 9 else "flash")
     for name in ("documents", "window", "documents_and_window"):
-        assert chosen(torch.bfloat16, 128, name) == "flash"
+        assert chosen(torch.bfloat16, 128, name) == ours
+        assert chosen(torch.float16, 256, name) == ours
     assert chosen(torch.bfloat16, 128, num_queries=1) == "flash"
     assert chosen(torch.bfloat16, 128, "documents", num_queries=1) == "efficient"
     assert chosen(torch.float32, 64) == "efficient"
@@ -344,6 +379,6 @@ def test_gpu_backends_are_chosen_as_documented() -> None:
     assert chosen(torch.bfloat16, 20) == "math"
     torch.use_deterministic_algorithms(True)
     try:
-        assert chosen(torch.bfloat16, 128) == "flash"
+        assert chosen(torch.bfloat16, 128) == ours
     finally:
         torch.use_deterministic_algorithms(False)

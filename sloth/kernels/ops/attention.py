@@ -83,18 +83,23 @@ def choose_backend(
 ) -> Backend:
     """The back end for these tensors: q [B, H, T, E], k [B, K, S, E].
 
-    16 bits on a GPU, by what is to be seen (TFLOP/s forward / backward on an H100, 32/8 heads of
-    128, 4x2048; one H200 agrees within 5%):
+    16 bits on a GPU, by what is to be seen (ms forward / backward on an H100, 4x2048):
 
-        causal, E <= 128, Hopper or newer   cudnn   529 / 332; its backward is not deterministic
-        causal otherwise                    flash   289 / 189
-        packed documents, windows, decoding flash   varlen: each document alone, no mask is made
+                                 32/8 heads of 128                16/8 heads of 256
+                           cudnn      flash      ours       cudnn      flash      ours
+        causal             0.34/1.07  0.53/1.58  0.45/1.43  0.29/1.22  0.54/1.85  0.43/1.80
+        window of 1024                0.53/1.36  0.43/1.15             0.42/1.56  0.39/1.50
+        packed, 1x8192                0.35/0.92  0.21/0.72             0.21/0.93  0.31/0.86
 
-    A cache of fixed size goes to our own kernel (`decode_attention.py`), which has no backward.
+    So a Hopper takes cuDNN for plain causal rows, whose backward is not deterministic, and our own
+    kernel (`flash_attention.py`) for windows, documents and where determinism is asked for. Other
+    GPUs, for which ours is not tuned, take FlashAttention's varlen kernel there; newer ones cuDNN
+    up to heads of 128. So does decoding. A cache of fixed size goes to a kernel of its own
+    (`decode_attention.py`), which has no backward. No mask of T x T is made.
 
     On a GPU, fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not
     all. There, and for a softcap, which none of these has, our own kernel serves where T == S and
-    bounds are known (`flash_attention.py`); fp64 and what no kernel takes go to the formula.
+    bounds are known; fp64 and what no kernel takes go to the formula.
     """
     (num_queries, head_dim), num_keys = q.shape[2:], k.shape[2]
     if q.dtype == torch.float64 or (q.is_cuda and head_dim % 8 != 0):
@@ -111,11 +116,12 @@ def choose_backend(
     is_plain = layout.is_plain(num_queries, num_keys)
     if q.dtype not in _HALF or head_dim > 256:
         return "triton" if ours and not is_plain else "efficient"
-    if num_queries > 1 and is_plain:
-        hopper = torch.cuda.get_device_capability(q.device)[0] >= 9
-        if hopper and head_dim <= 128 and not torch.are_deterministic_algorithms_enabled():
+    major = torch.cuda.get_device_capability(q.device)[0]
+    if num_queries > 1 and is_plain and not torch.are_deterministic_algorithms_enabled():
+        if head_dim <= (256 if major == 9 else 128 if major > 9 else 0):
             return "cudnn"
-        return "flash"
+    if major == 9 and ours and num_queries > 1:
+        return "triton"
     return "flash" if bounded else "efficient"
 
 

@@ -82,14 +82,14 @@ def run_sloth(folder: Path, all_rows: list[int], new: int) -> None:
     load_s = now() - started
     network = model.network
     wake_adapter(network.named_parameters())
-    with ready_to_generate(network):
-        for rows in all_rows:
-            prompts = prompts_of(rows, network.config.vocab_size)
+    for rows in all_rows:
+        prompts = prompts_of(rows, network.config.vocab_size)
 
-            def decode(count: int, prompts: list[list[int]] = prompts) -> None:
-                for _ in generate_tokens(network, prompts, count):
-                    pass
+        def decode(count: int, prompts: list[list[int]] = prompts) -> None:
+            for _ in generate_tokens(network, prompts, count):
+                pass
 
+        with ready_to_generate(network, rows):
             measure("sloth", rows, new, load_s, decode)
 
 

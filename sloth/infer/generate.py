@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
+from sloth.kernels.ops.nf4_matvec import serves
 from sloth.lora import projections
 from sloth.models.cache import KVCache
 from sloth.models.decoder import Decoder
@@ -94,12 +95,15 @@ def _choose(logits_BV: Tensor, temperature: float) -> Tensor:
 
 
 @contextmanager
-def dequantised_while_generating(network: Decoder, dtype: torch.dtype) -> Iterator[None]:
+def dequantised_while_generating(network: Decoder, dtype: torch.dtype, rows: int) -> Iterator[None]:
     """Keep dense copies of the 4-bit weights inside, if they take less than half the free memory.
 
     Decoding reads every weight once a token, so unpacking the codes each time would dominate it.
+    One row on a GPU multiplies by the codes themselves, which are fewer bytes than a copy.
     """
     packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
+    if rows == 1 and all(serves(module.nf4, dtype) for module in packed):
+        packed = []
     size = torch.empty((), dtype=dtype).element_size()
     need_bytes = sum(module.in_features * module.out_features for module in packed) * size
     device = network.device

@@ -57,7 +57,7 @@ def generate_text(
         text = tokenizer.decode(new_ids)
         return any(mark in text for mark in stop)
 
-    with ready_to_generate(network):
+    with ready_to_generate(network, rows=len(ids)):
         for step in generate_tokens(
             network,
             ids,
@@ -88,7 +88,7 @@ def stream_text(
     def is_done(row: int, new_ids: list[int]) -> bool:
         return any(mark in tokenizer.decode(new_ids) for mark in stop)
 
-    with ready_to_generate(network):
+    with ready_to_generate(network, rows=1):
         for (token,) in generate_tokens(
             network,
             [encode_prompt(tokenizer, prompt)],
@@ -124,16 +124,16 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
 
 
 @contextmanager
-def ready_to_generate(network: Decoder) -> Iterator[None]:
-    """Dropout off, weights dequantised and adapters held inside; what was before comes back
-    after."""
+def ready_to_generate(network: Decoder, rows: int) -> Iterator[None]:
+    """Inside, dropout is off, adapters are held and weights dequantised where that many rows at a
+    time ask for it; what was before comes back after."""
     was_training = network.training
     network.eval()
     try:
         dtype = network.model.embed_tokens.weight.dtype
         # The reference computes an adapter in the dtype of its factors.
         rounded = None if network.model.norm.ops is ops_of("reference") else dtype
-        with adapters_held(network, rounded), dequantised_while_generating(network, dtype):
+        with adapters_held(network, rounded), dequantised_while_generating(network, dtype, rows):
             yield
     finally:
         network.train(was_training)

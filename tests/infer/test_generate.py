@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import sloth
+from sloth.infer import generate as generate_module
 from sloth.infer.decode import FixedStep
 from sloth.infer.generate import generate_tokens
 from sloth.infer.text import generate_text, is_batch, ready_to_generate, stream_text
 from sloth.kernels.ops import attention as attention_module
+from sloth.lora import projections
 from sloth.models.cache import KVCache
+from sloth.quant.linear4bit import Linear4bit
 from tests.oracles import hf_model, save_tiny_llama
 
 PROMPTS = [[5, 9, 13, 40, 77], [8], [100, 101, 102], list(range(20, 50))]
@@ -169,7 +172,7 @@ def test_an_adapter_held_for_decoding_is_the_one_of_now(folder, level):
         network.eval()
         with torch.no_grad():
             expected = network(tokens)
-            with ready_to_generate(network):
+            with ready_to_generate(network, rows=2):
                 assert torch.equal(network(tokens), expected)
 
 
@@ -195,3 +198,17 @@ def test_a_recorded_step_gives_the_logits_of_an_unrecorded_one(folder, quant, dt
 def test_greedy_tokens_on_a_gpu_equal_those_on_a_cpu(folder, network):
     other = sloth.load(folder, dtype="float32", device="cuda").network
     assert collect(other, PROMPTS, 12) == collect(network, PROMPTS, 12)
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_one_row_reads_the_codes_where_it_can_and_several_a_copy(
+    folder: Path, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "serves", lambda base, dtype: is_served)
+    network = sloth.load(folder, quant="nf4", device="cpu").network
+    packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
+    for rows in (1, 2):
+        with ready_to_generate(network, rows):
+            copies = [module.dense_cache is not None for module in packed]
+        assert copies == [rows > 1 or not is_served] * len(packed)
+        assert all(module.dense_cache is None for module in packed)

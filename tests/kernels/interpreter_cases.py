@@ -36,6 +36,7 @@ from sloth.kernels.ops.glu import glu
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
 from sloth.kernels.ops.linear_log_probs import linear_log_probs
 from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
+from sloth.kernels.ops.nf4_matvec import nf4_matvec
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope
 from sloth.kernels.ops.rms_norm import rms_norm, rms_norm_reference
 from sloth.kernels.ops.rope import rope
@@ -328,6 +329,22 @@ def main() -> None:
             except Exception:
                 results[f"{name}-{dtype_name}"] = traceback.format_exc()
     json.dump(results, sys.stdout)
+
+
+@case
+def one_row_times_nf4_as_stored(dtype: torch.dtype) -> None:
+    for outputs, width, double_quant, rank in ((70, 192, True, 5), (33, 1152, False, 0)):
+        w = quantize_nf4(randn(outputs, width, seed=1), double_quant)
+        x, bias, gains = randn(1, 1, width, dtype=dtype), randn(outputs, seed=2), randn(outputs)
+        A = randn(rank, width, seed=3, dtype=dtype) if rank else None
+        B = randn(outputs, rank, seed=4, dtype=dtype) if rank else None
+        with forced_engine("triton"), nan_poisoned_empty():
+            y = nf4_matvec(x, w, bias, A, B, 0.5, gains)
+        whole = nf4_dequantize_reference(w, torch.float64)
+        if A is not None and B is not None:
+            whole = whole + 0.5 * B.double() @ A.double()
+        truth = (x.double() @ whole.T) * gains.double() + bias.double()
+        torch.testing.assert_close(y, truth.to(dtype), **tolerance.same_maths(dtype))
 
 
 if __name__ == "__main__":

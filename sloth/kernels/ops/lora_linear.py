@@ -19,7 +19,9 @@ With a magnitude (DoRA, `dora.py`) y, before b, and dy are multiplied by gains; 
 the magnitude's gradient.
 
 Both engines are the vendor's matrix product, which no kernel of ours beats at these shapes (cuBLAS
-reaches 690-760 TFLOP/s on an H100), so the only Triton here is the NF4 dequantisation in `nf4.py`.
+reaches 690-760 TFLOP/s on an H100), so the only Triton here is the NF4 dequantisation in `nf4.py`,
+and for one row without a gradient, a step of decoding, the product with the codes themselves
+(`nf4_matvec.py`).
 Source: Hu et al. 2021 (LoRA), https://arxiv.org/abs/2106.09685, section 4.1; Dettmers et al. 2023
 (QLoRA), https://arxiv.org/abs/2305.14314, section 3.
 """
@@ -34,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sloth.kernels.ops import dora
+from sloth.kernels.ops import dora, nf4_matvec
 from sloth.kernels.ops.dora import Magnitude
 from sloth.kernels.ops.nf4 import NF4Weight, nf4_dequantize
 from sloth.kernels.rows import as_rows, sum_over_rows
@@ -268,6 +270,11 @@ def lora_linear(
     of W + s B A are scaled to it. `training` draws the dropout mask.
     """
     mask = draw_dropout_mask(x, lora, training)
+    one_row = x.numel() == x.shape[-1] and mask is None and not torch.is_grad_enabled()
+    if one_row and isinstance(base, NF4Weight) and nf4_matvec.serves(base, x.dtype):
+        A, B, scale = (None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scale)
+        gains = gains_of(base, lora, x.dtype)
+        return nf4_matvec.nf4_matvec(x, base, bias, A, B, scale, gains)
     if lora is None:
         return LoraLinearFunction.apply(x, base, bias, None, None, None, None, 1.0, mask)
     gains = gains_of(base, lora, x.dtype)

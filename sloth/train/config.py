@@ -258,17 +258,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> TrainConfig:
-        has_held_out = self.eval_data is not None or self.val_set_size is not None
-        if self.eval_steps is not None and not has_held_out and not self.sample_prompts:
-            raise ValueError(
-                f"eval_steps={self.eval_steps} has no effect without eval_data, val_set_size or "
-                "sample_prompts"
-            )
-        for name in ("patience", "load_best"):
-            if getattr(self, name) and not has_held_out:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect without eval_data or val_set_size"
-                )
+        """What needs held-out rows is looked at once the data are there: they may bring some."""
         if self.eval_data is not None and self.val_set_size is not None:
             raise ValueError(
                 f"val_set_size={self.val_set_size:g} takes held-out rows out of the data, and "

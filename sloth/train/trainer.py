@@ -101,11 +101,6 @@ class Trainer:
         self.data, self.eval_data = load_both(config, data, tokenizer, notice)
         for held in filter(None, (self.data, self.eval_data)):
             require_vocabulary(held, model.network.config.vocab_size)
-        if config.eval_batch_size is not None and self.eval_data is None:
-            raise ValueError(
-                f"eval_batch_size={config.eval_batch_size} has no effect without held-out rows: "
-                "eval_data, val_set_size, or a valid split of the data"
-            )
         self.plan = StepPlan.of(
             self.data.num_rows,
             config.batch_size,

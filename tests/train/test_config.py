@@ -45,7 +45,6 @@ def test_overrides_win_over_the_file_and_lora_merges_key_by_key(tmp_path):
         ("zzz: 2", "unknown setting 'zzz'; known: output, max_steps"),
         ("lora: {rank: 2}", "unknown lora setting 'rank'"),
         ("quant: int8", "quant"),
-        ("eval_steps: 5", "no effect without eval_data"),
         ("- 1", "expected `name: value`"),
         ("a: &x 1\nseed: *x", "c.yaml:2: YAML aliases"),
         ("lr: 1\nlr: 2", "c.yaml:2: 'lr' is given twice"),

@@ -7,6 +7,7 @@ reading.
                         state.json              step, counts, losses, settings, data fingerprint
                         config.yaml, tokenizer  so that the folder explains itself
                         manifest.json           size and sha256 of each file, written last
+                        looked.json             progress after held-out rows were looked at, too
 
 A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
 pointer file to tear. A folder named `*.tmp-*` is an unfinished write and is removed at the next
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
 _STEP = re.compile(r"step-(\d{6,})")
 _UNFINISHED, _WEIGHTS = ("step-*.tmp-*", "weights-*.tmp-*"), "weights-*"
-_MANIFEST, _STATE = "manifest.json", "state.json"
+_MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
 
 
 def write_checkpoint(
@@ -148,8 +150,23 @@ def newest_good(place: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a good checkpoint."""
-    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    """state.json of a good checkpoint, with the progress of after the look that followed it."""
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        looked = json.loads((folder / _LOOKED).read_text(encoding="utf-8"))
+        if looked["step"] == step_of(folder):
+            state["progress"] = looked
+    return state
+
+
+def write_looked(folder: Path, progress: dict[str, Any]) -> None:
+    """Add what was seen after the checkpoint was written, whole or not at all: without it, a
+    resumed run looks again. Raises OSError.
+    """
+    partial = folder / f"{_LOOKED}.tmp"
+    partial.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, folder / _LOOKED)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

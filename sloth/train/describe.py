@@ -68,7 +68,8 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
         "adapter": state.attached or ("as it is" if model.has_adapter else "none, full training"),
         "trained": _parameters(trainer),
         "optimizer": f"{config.optimizer}, {config.schedule} from {shown_rates}; "
-        f"{trainer.warmup_steps} warm-up steps, decay {config.weight_decay:g}, clip {config.clip}",
+        f"{trainer.timetable.warmup_steps} warm-up steps, decay {config.weight_decay:g}, "
+        f"clip {config.clip}",
         "evaluation": evaluations,
         "checkpoints": f"each {config.save_steps or plan.num_steps} steps, "
         f"{state.checkpoint_bytes() / MIB:.1f} MiB each, in {config.output or 'a new runs/<time>'}",

@@ -15,9 +15,22 @@ import yaml
 from sloth.errors import AdapterMismatch
 from sloth.redact import Redactor
 from sloth.train.config import TrainConfig
+from sloth.train.full_memory import check_memory
 from sloth.train.optim import eight_bit_library
+from sloth.train.trackers import require_trackers
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def check_settings(model: Any, config: TrainConfig) -> None:
+    """Raise ValueError, AdapterMismatch or BudgetTooSmall for settings that cannot be honoured
+    here, whatever the data are.
+    """
+    check_model(model, config)
+    check_device(config, model.device)
+    check_memory(model, config)
+    require_trackers(config.trackers)
+    check_optimizer(config)
 
 
 def check_model(model: Any, config: TrainConfig) -> None:

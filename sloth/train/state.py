@@ -154,6 +154,10 @@ class TrainState:
         step = self.progress.step
         self.ranks.first(saver.save, step, tensors, state, self._add_files, best)
 
+    def save_look(self, saver: Saver) -> None:
+        """What was seen of this moment's model, into its checkpoint."""
+        self.ranks.first(saver.save_look, self.progress.step, asdict(self.progress))
+
     def check_resume(self, source: Path) -> tuple[dict[str, Any], list[str]]:
         """A checkpoint's state, and the allowed changes in words. Raises ValueError for others."""
         state = checkpoint.read_state(source)

@@ -97,9 +97,13 @@ class HeldOut:
         objective, sizes = self.objective, self.objective.sizes_of(data)
         nothing = [0.0] * (1 + len(objective.metrics))
         lengths = data.row_lengths()
+        # Shared before they become passes: a rank that halves its own must not move the others'.
+        own = self.ranks.share(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)))
+        own_lengths = [lengths[row] for row in own]
         while True:
             rows = accumulator.eval_rows_per_pass
-            batches = self.ranks.share(eval_batches(lengths, rows, rows * self.longest))
+            places = eval_batches(own_lengths, rows, rows * self.longest)
+            batches = [[own[place] for place in one] for one in places]
             try:
                 sums = summed(
                     takewhile(lambda _: stop.received is None, batches),

@@ -17,7 +17,7 @@ from sloth.train.ranks import Ranks
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.train.fakes import PAIRS, ROWS, FakeModel
-from tests.train.rank_script import GRADIENTS, PREFERENCES, gradients
+from tests.train.rank_script import GRADIENTS, LOOKS, PREFERENCES, gradients
 from tests.train.runs import ROOT, SETTINGS, train
 
 LONGEST_S = 60
@@ -121,6 +121,19 @@ def test_smaller_passes_of_one_rank_are_those_of_all_and_a_resume_keeps_them(tol
     assert [name for name, _ in told["small died"]] == ["Stopped", "RankFailed"]
     assert told["small"][0] == told["small"][1] and len(told["small"][0][0]) == 6
     assert told["small resumed"] == told["small"]
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_rank_without_memory_to_look_sees_each_held_out_row_once(told, tmp_path, name):
+    """Rank 1 halves its passes, rank 0 keeps its own and says so."""
+    settings = {"batch_size": 4, "lora": LoraConfig(r=4), "eval_data": ROWS, "eval_steps": 3}
+    _, report = train(tmp_path / "one", **settings)
+    (seen, said), (other, _) = told[name]
+    assert seen == other
+    expected = {str(step): loss for step, loss in report.eval_losses.items()}
+    torch.testing.assert_close(seen[1], expected, **tolerance.FP32_SAME_MATHS)
+    kind = "an evaluation pass" if LOOKS[name] else "a pass"
+    assert f"another process ran out of memory; going on with 1 rows in {kind}" in said
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):

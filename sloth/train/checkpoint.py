@@ -39,8 +39,9 @@ KEEP = 2
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
-_STEP = re.compile(r"step-(\d{6,})")
-_UNFINISHED, _WEIGHTS = ("step-*.tmp-*", "weights-*.tmp-*"), "weights-*"
+# Whole names: what is merely called alike is somebody's.
+_STEP, _WEIGHTS = re.compile(r"step-(\d{6,})"), re.compile(r"weights-\d{6,}")
+_UNFINISHED = re.compile(r"(step|weights)-\d{6,}\.tmp-\d+")
 _MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
 
 
@@ -61,7 +62,7 @@ def write_checkpoint(
     """
     final = run / folder_name(step)
     _publish(final, tensors, state, add_files)
-    for rescued in run.glob(_WEIGHTS):
+    for rescued in _named(run, _WEIGHTS):
         shutil.rmtree(rescued, ignore_errors=True)
     _prune(run, newest=final, best_step=best_step)
     return final
@@ -73,7 +74,7 @@ def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[s
     """
     final = run / weights_name(step)
     _publish(final, tensors, state, None)
-    for path in run.glob(_WEIGHTS):
+    for path in _named(run, _WEIGHTS):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
     return final
@@ -127,8 +128,7 @@ def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, good or not."""
     if not run.is_dir():
         return []
-    found = [path for path in run.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(_named(run, _STEP), key=step_of, reverse=True)
 
 
 def newest_good(place: Path) -> Path | None:
@@ -176,9 +176,9 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for pattern in (*_UNFINISHED, *publish.UNFINISHED):
-        for path in run.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in _named(run, _UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    publish.remove_unfinished(run)
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -248,6 +248,11 @@ def _prune(run: Path, newest: Path, best_step: int | None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         elif good < KEEP and (folder == newest or is_good(folder)):
             good += 1
+
+
+def _named(run: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Folders of a run by such a name."""
+    return [path for path in run.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -134,6 +134,12 @@ class TrainState:
         tensors = self.masters.by_name
         return num_bytes(tensors) + state_bytes(tensors, self.config)
 
+    def published_bytes(self) -> int:
+        """What the results will take: an adapter, or all weights as the network holds them."""
+        if self.model.has_adapter:
+            return num_bytes(self.masters.parameters)
+        return num_bytes(dict(self.model.network.named_parameters()))
+
     def save(self, saver: Saver) -> None:
         """A checkpoint of this moment, if the disk takes it."""
         state = {
@@ -164,9 +170,9 @@ class TrainState:
         before = Identity(**state["identity"])
         return state, refuse_changes(before, self.identity, source, self.config.allow_change)
 
-    def try_resume(self, source: Path) -> None:
-        """Raise what `resume` would, and change nothing."""
-        self.check_resume(source)
+    def try_resume(self, source: Path) -> Progress:
+        """Raise what `resume` would, and change nothing; how far the run was."""
+        state, _ = self.check_resume(source)
         stored = checkpoint.read_tensors(source, "trainable")
         checkpoint.check_parameters(self.masters.by_name, stored, source)
 

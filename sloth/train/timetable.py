@@ -44,6 +44,19 @@ class Timetable:
         """Whether a checkpoint is written after so many steps, whatever is seen of the model."""
         return step == self.num_steps or _is_due(step, self.config.save_steps)
 
+    def num_saves(self, progress: Progress) -> int:
+        """How many checkpoints are still to come at most: the last one, and those before it."""
+        if self.is_finished(progress):
+            return 0
+        config, last = self.config, self.num_steps - 1
+        every = [config.save_steps, config.eval_steps if self.keeps_best else None]
+        return 1 + sum(last // n - progress.step // n for n in every if n is not None)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a best checkpoint may be kept beside the newest ones."""
+        return self.has_rows and self.config.eval_steps is not None
+
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0

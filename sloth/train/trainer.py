@@ -120,7 +120,7 @@ class Trainer:
             ):
                 self.state = self._new_state()
                 changed = self.ranks.together(lambda: self._resumed(source))
-                self.ranks.first(self._check_room, output)
+                self.ranks.first(self._check_room, output, self.progress)
                 with self._within_budget():  # the last that may refuse: from here on it writes
                     facts = self._train(output, source, changed)
                 self.model.training = self._training(facts)
@@ -136,9 +136,8 @@ class Trainer:
         with self.ranks, seeded(self.config, self.model.device):
             output, source = choose_output(self.config, self.model.name)
             self.state = self._new_state()
-            if source is not None:
-                self.state.try_resume(source)
-            self._check_room(output)
+            progress = Progress() if source is None else self.state.try_resume(source)
+            self._check_room(output, progress)
             with (
                 noisy_embeddings(self.model.network, self.config.neftune),
                 self._within_budget(),
@@ -149,8 +148,14 @@ class Trainer:
         """What is allowed to differ from the checkpoint that was put back, if there is one."""
         return [] if source is None else self.state.resume(source)
 
-    def _check_room(self, output: Path) -> None:
-        Saver(output, say, lambda *rest: None).require_room(self.state.checkpoint_bytes())
+    def _check_room(self, output: Path, progress: Progress) -> None:
+        state, timetable = self.state, self.timetable
+        Saver(output, say, lambda *rest: None).require_room(
+            state.checkpoint_bytes(),
+            state.published_bytes(),
+            timetable.num_saves(progress),
+            timetable.keeps_best,
+        )
 
     def _train(self, output: Path, source: Path | None, changed: Sequence[str]) -> RunFacts:
         """From the first file to the last step; what the run is about."""

@@ -6,6 +6,7 @@ whole, and put back whole.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -175,6 +176,7 @@ class TrainState:
         state, _ = self.check_resume(source)
         stored = checkpoint.read_tensors(source, "trainable")
         checkpoint.check_parameters(self.masters.by_name, stored, source)
+        return Progress(**state["progress"])
 
     def resume(self, source: Path) -> list[str]:
         """Continue from a checkpoint; the allowed changes, in words.
@@ -183,12 +185,20 @@ class TrainState:
         """
         state, changed = self.check_resume(source)
         self._load_weights(source)
-        moments = checkpoint.read_tensors(source, "optimizer")
-        load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
-        generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
-        checkpoint.set_rng(generators, self.model.device)
+        was = Identity(**state["identity"])
+        if was.settings.get("optimizer", "adamw") == self.config.optimizer:
+            moments = checkpoint.read_tensors(source, "optimizer")
+            load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
+        else:
+            changed.append("the optimizer's moments, which begin anew")
         self.progress = Progress(**state["progress"])
-        before, now = Identity(**state["identity"]).eval_data, self.identity.eval_data
+        generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
+        if generators:
+            checkpoint.set_rng(generators, self.model.device)
+        else:  # the run had fewer processes
+            place = f"{self.config.seed} {self.ranks.rank} {self.progress.step}"
+            torch.manual_seed(random.Random(f"sloth rank {place}").getrandbits(63))
+        before, now = was.eval_data, self.identity.eval_data
         if self.progress.eval_losses and None not in (before, now) and before != now:
             self.progress.eval_losses = {}
             changed.append("held-out rows, so the best loss and patience begin anew")

@@ -170,6 +170,13 @@ def main(folder: Path) -> None:
     tell("small died", run(callbacks=[DieIn(4)], **half, **SETTINGS))
     half["model"] = model()
     tell("small resumed", run(resume=True, **half, **SETTINGS))
+    if not rank:
+        os.environ["WORLD_SIZE"] = "1"
+        run(folder / "grown", callbacks=[DieIn(4)], **SETTINGS)
+        os.environ["WORLD_SIZE"] = "2"
+    dist.barrier()
+    settings = {**SETTINGS, "resume": True, "allow_change": ["ranks"]}
+    tell("grown", run(folder / "grown", **settings))
     for name, rows in LOOKS.items():
         model = SmallWhenLooking() if rank else FakeModel()
         settings = {**NO_DROPOUT, "batch_size": 4, "eval_data": ROWS, **rows}

@@ -123,6 +123,14 @@ def test_smaller_passes_of_one_rank_are_those_of_all_and_a_resume_keeps_them(tol
     assert told["small resumed"] == told["small"]
 
 
+def test_a_run_that_goes_on_in_more_processes_has_the_steps_of_before(told, tmp_path):
+    """One without generators in the checkpoint draws its own: other dropout, the same run."""
+    _, straight = train(tmp_path / "one")
+    (losses, *_), other = told["grown"]
+    assert losses == other[0] and losses[:3] == straight.losses[:3]
+    assert len(losses) == 6 and losses[3:] != straight.losses[3:]
+
+
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_rank_without_memory_to_look_sees_each_held_out_row_once(told, tmp_path, name):
     """Rank 1 halves its passes, rank 0 keeps its own and says so."""

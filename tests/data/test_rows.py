@@ -72,8 +72,22 @@ def test_a_system_column_opens_the_conversation():
     for row in (
         {"conversations": SHAREGPT, "system": "be kind"},
         {**ALPACA, "system": "be kind"},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "system": "be kind"},
     ):
         assert read_row(row, "", True)[1].messages == [system, *MESSAGES]
+    row = {"prompt": "ask ", "completion": "yes", "system": "be kind"}
+    assert read_row(row, "", True)[1] == Completion("be kind\n\nask ", "yes")
+
+
+@pytest.mark.parametrize("field", ["system", "tools"])
+def test_what_a_text_has_no_place_for_is_refused(field):
+    """Left out, it would be missing from what is learned, and nobody would know."""
+    for row in ({"text": "a"}, {"prompt": "ask", "completion": "yes"}):
+        assert read_row({**row, "tools": "[]", "system": None}, "data[0]", True)
+        if "text" in row or field == "tools":
+            with pytest.raises(DataError, match=rf"data\[0\]: a row of .* no place for '{field}'"):
+                value = [{"name": "rain"}] if field == "tools" else "be kind"
+                read_row({**row, field: value}, "data[0]", True)
 
 
 def test_calls_and_parts_come_in_the_form_that_templates_read():

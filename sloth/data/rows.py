@@ -40,6 +40,10 @@ ALSO_CALLED = {
 }
 
 
+# Fields that a row may lack beside others of the same file.
+OPTIONAL_FIELDS = frozenset(("system", "tools", "input"))
+
+
 @dataclass(frozen=True)
 class Chat:
     """Messages of which assistant turns from first_trained on may be trained."""
@@ -191,20 +195,23 @@ def is_empty(content: Content) -> bool:
 
 
 def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
-    """The row under the fields' own names; columns that are not mapped are left out.
-
-    Raises DataError with the columns found.
+    """The row under the fields' own names; columns that are not mapped are left out, and optional
+    ones that it lacks. Raises DataError with the columns found.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object, got {name_of(row)}")
-    missing = [column for column in columns.values() if column not in row]
+    missing = [
+        column
+        for field, column in columns.items()
+        if column not in row and field not in OPTIONAL_FIELDS
+    ]
     if missing:
         found = ", ".join(map(repr, row)) or "none"
         raise DataError(
             f"{where}: no column {missing[0]!r}, which columns={dict(columns)} names; the columns "
             f"are {found}{_suggestion(row)}"
         )
-    return {field: row[column] for field, column in columns.items()}
+    return {field: row[column] for field, column in columns.items() if column in row}
 
 
 def _suggestion(row: Mapping[str, Any]) -> str:

@@ -190,6 +190,27 @@ def test_columns_are_mapped_and_the_rest_is_left_out():
         load_data(rows, FakeTokenizer(), 99, columns={"promt": "q"})
 
 
+def test_a_row_may_lack_an_optional_column_which_some_row_has():
+    rows = [{"q": "ask", "a": "yes"}, {"q": "ask", "a": "yes", "s": "be kind"}]
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    data = load_data(rows, FakeTokenizer(), 99, columns=columns)
+    assert len(data.examples[1].tokens) == len(data.examples[0].tokens) + len("be kind\n\n")
+    with pytest.raises(DataError, match="no row has the column 'z'"):
+        load_data(rows, FakeTokenizer(), 99, columns={**columns, "system": "z"})
+
+
+def test_roles_are_read_in_any_case_and_strange_ones_are_counted_and_told():
+    """ "Assistant" was trained on nothing, and nobody was told."""
+    rows = [
+        {"messages": [{"role": "User", "content": "a"}, {"role": "ASSISTANT ", "content": "b"}]},
+        {"messages": [*MESSAGES, {"role": "Asistant", "content": "b", "name": None}]},
+    ]
+    data = load_data(rows, FakeTokenizer(), 99)
+    assert data.examples[0].num_trained and data.counts.unknown_roles == {"Asistant": 1}
+    (said,) = data.counts.warnings()
+    assert said.startswith("1 messages have roles that templates do not know, 'Asistant' (1)")
+
+
 def test_blank_answers_are_counted():
     assert is_empty(Text(" \n")) and is_empty(Completion("a", " "))
     assert is_empty(Chat([user("a"), assistant(" ")]))

@@ -233,6 +233,12 @@ class TrainConfig(BaseModel):
             raise ValueError("expected a number, got a boolean")
         return value
 
+    @field_validator("output", "resume")
+    @classmethod
+    def _of_home(cls, value: bool | Path | None) -> bool | Path | None:
+        """No shell reads a YAML file: `~/runs` would be a folder of that name."""
+        return value.expanduser() if isinstance(value, Path) else value
+
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
@@ -343,7 +349,7 @@ def load_config(
 
     Raises ValueError for a file that cannot be read as settings.
     """
-    values = read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path).expanduser()) if path is not None else {}
     origins = dict.fromkeys(values, Path(path).name) if path is not None else {}
     for name, value in (overrides or {}).items():
         below = values.get(name)

@@ -77,8 +77,11 @@ class HeldOut:
         model, config = self.objective.model, self.config
         try:
             return sample_answers(
-                *(model.network, model.tokenizer, config.sample_prompts, config.sample_tokens),
-                is_over=lambda: stop.received is not None,
+                model.network,
+                model.tokenizer,
+                config.sample_prompts,
+                config.sample_tokens,
+                lambda: stop.received is not None,
             )
         except torch.OutOfMemoryError as error:
             why = f"memory ran out while generating them ({str(error).split('. ')[0]})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from sloth.data.show import describe_first_row
+from sloth.data.show import describe_first_row, warnings_of
 from sloth.formats.tensor_file import num_bytes
 from sloth.train.optim import kind_of, rate_scales
 
@@ -81,15 +81,7 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
 
 def _warnings(trainer: Trainer) -> list[str]:
     """What is odd about the data, also for this model."""
-    said = trainer.data.counts.warnings()
-    positions = trainer.model.network.config.max_position_embeddings
-    num_long = int((trainer.data.examples.lengths > positions).sum())
-    if num_long:
-        said.append(
-            f"{num_long} examples are longer than the {positions} positions that the model is made "
-            "for (max_position_embeddings of its config.json); a smaller max_length cuts them"
-        )
-    return said
+    return warnings_of(trainer.data, trainer.model.network.config.max_position_embeddings)
 
 
 def _objective(trainer: Trainer) -> str:

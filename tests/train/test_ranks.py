@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from sloth import cli
 from sloth.lora_config import LoraConfig
 from sloth.train.ranks import Ranks
 from sloth.train.trainer import Trainer
@@ -187,6 +188,16 @@ def test_row_30_a_rank_that_fails_before_the_loop_ends_a_script(tmp_path, fails,
     assert first > 0 and second > 0, (out, err)
     assert f"RankFailed: {said}" in out and ("never came" in err or "DataError" in err)
     assert (tmp_path / "first" / "adapter").is_dir() == (fails == "again")
+
+
+def test_an_environment_that_tells_but_a_part_is_refused(monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 .*RANK, MASTER_ADDR, MASTER_PORT not which"):
+        Trainer(FakeModel(), ROWS)
+    assert cli.main(["train", "m", "d.jsonl", "--device", "cpu"]) == 2
+    assert "start them with torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_alone_nothing_is_exchanged():

@@ -95,10 +95,13 @@ def seeded(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def planned_within(model: Any, memory_gib: float, batch: int, seq: int) -> Iterator[None]:
-    """Inside, plans keep to this budget. Raises BudgetTooSmall where it does not hold one for this
-    shape, KernelUnavailable below the fused level, which plans nothing.
+def planned_within(model: Any, memory_gib: float | None, batch: int, seq: int) -> Iterator[None]:
+    """Inside, plans keep to this budget, if there is one. Raises BudgetTooSmall where it does not
+    hold one for this shape, KernelUnavailable below the fused level, which plans nothing.
     """
+    if memory_gib is None:
+        yield
+        return
     before = model.planner.memory_gib
     try:
         model.plan(batch=batch, seq=seq, memory_gib=memory_gib)

@@ -169,6 +169,13 @@ class TrainState:
         """A checkpoint's state, and the allowed changes in words. Raises ValueError for others."""
         state = checkpoint.read_state(source)
         before = Identity(**state["identity"])
+        if "rows_read" not in state["progress"]:  # of an older version
+            sizes = [
+                settings["batch_size"] * settings["grad_accum"]
+                for settings in (before.settings, self.identity.settings)
+            ]
+            read = state["progress"]["step"] * sizes[0]
+            state["progress"]["rows_read"] = read if sizes[0] != sizes[1] else None
         return state, refuse_changes(before, self.identity, source, self.config.allow_change)
 
     def try_resume(self, source: Path) -> Progress:

@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,17 +90,16 @@ class Trainer:
         self.data, self.eval_data = load_both(config, data, tokenizer, notice)
         for held in filter(None, (self.data, self.eval_data)):
             require_vocabulary(held, model.network.config.vocab_size)
-        self.plan = StepPlan.of(
-            self.data.num_rows,
-            config.batch_size,
-            config.grad_accum,
-            config.seed,
-            config.max_steps,
-            config.epochs,
-        )
-        self.timetable = Timetable(config, self.plan.num_steps, self.eval_data is not None)
+        self._plan_steps()
         encode_prompts(tokenizer, config.sample_prompts)
         self._pad_id = tokenizer.pad_id or 0
+
+    def _plan_steps(self, *first: int) -> None:
+        """first: step and row to go on from."""
+        config = self.config
+        sizes = self.data.num_rows, config.batch_size, config.grad_accum, config.seed
+        self.plan = StepPlan.of(*sizes, config.max_steps, config.epochs, *first)
+        self.timetable = Timetable(config, self.plan.num_steps, self.eval_data is not None)
 
     def run(self) -> TrainReport:
         """Train, and write the adapter (or the model), metrics and curve under the output folder.
@@ -123,7 +122,7 @@ class Trainer:
                 self.ranks.first(self._check_room, output, self.progress)
                 with self._within_budget():  # the last that may refuse: from here on it writes
                     facts = self._train(output, source, changed)
-                self.model.training = self._training(facts)
+                self.model.training = Training.of(facts, self.progress)
                 return self._finish(output, source)
         finally:
             network.zero_grad(set_to_none=True)
@@ -136,7 +135,10 @@ class Trainer:
         with self.ranks, seeded(self.config, self.model.device):
             output, source = choose_output(self.config, self.model.name)
             self.state = self._new_state()
-            progress = Progress() if source is None else self.state.try_resume(source)
+            progress = Progress()
+            if source is not None:
+                progress = self.state.try_resume(source)
+                self._go_on(progress, source)
             self._check_room(output, progress)
             with (
                 noisy_embeddings(self.model.network, self.config.neftune),
@@ -146,7 +148,22 @@ class Trainer:
 
     def _resumed(self, source: Path | None) -> list[str]:
         """What is allowed to differ from the checkpoint that was put back, if there is one."""
-        return [] if source is None else self.state.resume(source)
+        if source is None:
+            return []
+        changed = self.state.resume(source)
+        self._go_on(self.progress, source)
+        return changed
+
+    def _go_on(self, progress: Progress, source: Path) -> None:
+        """Plan what is left. Raises ValueError for a run that went further than it now should."""
+        if progress.rows_read is not None:
+            self._plan_steps(progress.step, progress.rows_read)
+        if progress.step > self.plan.num_steps:
+            raise ValueError(
+                f"{source} is finished beyond these settings: it has done {progress.step} steps, "
+                f"and they end after {self.plan.num_steps}; raise max_steps or epochs, or start a "
+                "new run"
+            )
 
     def _check_room(self, output: Path, progress: Progress) -> None:
         state, timetable = self.state, self.timetable
@@ -178,10 +195,7 @@ class Trainer:
 
     def _within_budget(self) -> AbstractContextManager[None]:
         """Inside, plans keep to memory_gib; the budget holds a pass of one row at the least."""
-        memory_gib = self.config.memory_gib
-        if memory_gib is None:
-            return nullcontext()
-        return planned_within(self.model, memory_gib, *self.data.pass_shape(1))
+        return planned_within(self.model, self.config.memory_gib, *self.data.pass_shape(1))
 
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
@@ -313,6 +327,7 @@ class Trainer:
         is_good: bool,
     ) -> StepRecord:
         """Count a step into the progress."""
+        self.progress.rows_read = self.plan.rows_before(step + 1)
         self.progress.add(loss, added.num_tokens, added.num_trained, seconds, is_good)
         return StepRecord(
             step=step + 1,
@@ -336,17 +351,6 @@ class Trainer:
             f"the last one step {progress.step}, rows {self.plan.rows(progress.step - 1)}; "
             f"{saver.last_words()}. Weights were not updated in these steps. A lower lr, a "
             "warm-up, or a look at those rows may help"
-        )
-
-    def _training(self, facts: RunFacts) -> Training:
-        progress = self.progress
-        return Training(
-            facts,
-            progress.losses,
-            progress.held_out,
-            progress.tokens,
-            progress.trained_tokens,
-            progress.seconds,
         )
 
     def _publish(self, output: Path, paths: dict[str, Path]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,35 +149,6 @@ def test_a_change_allowed_by_name_is_taken_and_told(tmp_path, change, names, cap
     _, report = train(tmp_path / "run", resume=True, allow_change=names, **change)
     assert "allowed to differ from the checkpoint: " in capsys.readouterr().out
     assert report.losses[:2] == straight.losses[:2] and report.losses != straight.losses
-
-
-def test_another_optimizer_begins_its_moments_anew(tmp_path, monkeypatch, capsys):
-    """The library's 8-bit one keeps its own under other names."""
-    library = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=EightBit))
-    monkeypatch.setattr("sloth.train.optim.eight_bit_library", lambda: library)
-    monkeypatch.setattr("sloth.train.run.eight_bit_library", lambda: library)
-    for name, after in (("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")):
-        train(tmp_path / name, stop_after=2, optimizer=name)
-        _, report = train(tmp_path / name, resume=True, optimizer=after, allow_change=["optimizer"])
-        assert "optimizer's moments, which begin anew" in capsys.readouterr().out
-        assert len(report.losses) == 6 and all(map(math.isfinite, report.losses))
-
-
-class EightBit(torch.optim.Optimizer):
-    """Holds what bitsandbytes' does, by its names, and nothing else."""
-
-    def __init__(self, groups, min_8bit_size, **settings):
-        super().__init__(groups, settings)
-
-    def step(self, closure=None):
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            fresh = {"step": 0, "state1": torch.zeros_like(parameter)}
-            state = self.state[parameter] or fresh
-            assert state.keys() == fresh.keys()
-            state["step"] += 1
-            state["state1"].lerp_(parameter.grad, 0.1)
-            parameter.data.sub_(0.01 * state["state1"])
-            self.state[parameter] = state
 
 
 def test_changed_data_is_allowed_by_name(tmp_path):

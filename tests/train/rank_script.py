@@ -179,7 +179,7 @@ def main(folder: Path) -> None:
     tell("grown", run(folder / "grown", **settings))
     for name, rows in LOOKS.items():
         model = SmallWhenLooking() if rank else FakeModel()
-        settings = {**NO_DROPOUT, "batch_size": 4, "eval_data": ROWS, **rows}
+        settings = {**NO_DROPOUT, "batch_size": 4, "eval_data": ROWS, "max_steps": 3, **rows}
         with redirect_stdout(StringIO()) as said:
             seen = run(folder / name, model=model, **settings)
         tell(name, [seen, said.getvalue()])

@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_in_more_processes_has_the_steps_of_before(told, tmp_
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_rank_without_memory_to_look_sees_each_held_out_row_once(told, tmp_path, name):
     """Rank 1 halves its passes, rank 0 keeps its own and says so."""
-    settings = {"batch_size": 4, "lora": LoraConfig(r=4), "eval_data": ROWS, "eval_steps": 3}
+    settings = {"batch_size": 4, "lora": LoraConfig(r=4), "eval_data": ROWS, "max_steps": 3}
     _, report = train(tmp_path / "one", **settings)
     (seen, said), (other, _) = told[name]
     assert seen == other

@@ -62,7 +62,9 @@ _WINDOW_KEYS = {"sliding_window", "layer_types"}
 
 
 def save_gguf(model: Model, path: Path, quant: str = "f16") -> Path:
-    """The model, adapter merged, as one GGUF file, with a Modelfile beside it."""
+    """The model, adapter merged, as one GGUF file, with a Modelfile beside it: <name>.Modelfile
+    where there is one already.
+    """
     if quant not in QUANTS:
         raise ValueError(f"quant must be one of {', '.join(QUANTS)}, got {quant!r}")
     if path.suffix != ".gguf":
@@ -72,7 +74,10 @@ def save_gguf(model: Model, path: Path, quant: str = "f16") -> Path:
     name = Path(Redactor().text(model.name)).name.removesuffix(".gguf")
     metadata = model_metadata(arch, config, vocabulary, name, quant)
     planned = plan(arch, merged_shapes(model), quant)
-    with _published_files(path, path.with_name(MODELFILE)) as (partial, modelfile):
+    beside = path.with_name(MODELFILE)
+    if beside.exists():  # of another file in the same folder, or somebody's
+        beside = path.with_name(f"{path.stem}.{MODELFILE}")
+    with _published_files(path, beside) as (partial, modelfile):
         write_model(partial, arch, config, metadata, planned, merged_tensors(model))
         _verify(model, partial, arch, config, metadata, planned)
         modelfile.write_text(_modelfile(model, path.name, vocabulary), encoding="utf-8")

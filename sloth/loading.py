@@ -84,9 +84,10 @@ def load(
         base_compute=compute,
     )
     if adapter is not None:
-        files = read_adapter(Path(adapter))
+        adapter = Path(adapter).expanduser()
+        files = read_adapter(adapter)
         grow_network(model.network, rows_of_adapter(files.config, files.tensors), "mean")
-        _take_larger_tokenizer(model, Path(adapter))
+        _take_larger_tokenizer(model, adapter)
         model._attach(files.config, strict=False)
         model.carried = load_adapter_tensors(model.network, files.config, files.tensors)
     return model

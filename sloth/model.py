@@ -341,28 +341,29 @@ class Model:
         if format not in ("peft", "gguf"):
             raise ValueError(f"format must be 'peft' or 'gguf', got {format!r}")
         if format == "gguf":
-            return exporting_gguf.save_gguf_adapter(self, Path(folder))
-        return exporting.save_adapter(self, Path(folder))
+            return exporting_gguf.save_gguf_adapter(self, Path(folder).expanduser())
+        return exporting.save_adapter(self, Path(folder).expanduser())
 
     def save_merged(self, folder: str | Path, dtype: str | torch.dtype | None = None) -> Path:
         """Write a Hugging Face folder with the adapter merged, in `dtype` (default: compute).
 
         A multimodal model's text tower is written as the text model it is.
         """
-        return exporting.save_merged(self, Path(folder), dtype)
+        return exporting.save_merged(self, Path(folder).expanduser(), dtype)
 
     def save_base(self, folder: str | Path, quant: str | None = None) -> Path:
         """Write the model without its adapter: dense, or bitsandbytes with quant="nf4"."""
-        return exporting.save_base(self, Path(folder), quant)
+        return exporting.save_base(self, Path(folder).expanduser(), quant)
 
     def save_gguf(self, path: str | Path, quant: str = "f16") -> Path:
-        """Write one GGUF file with the adapter merged, and a Modelfile for Ollama beside it.
+        """Write one GGUF file with the adapter merged, and a Modelfile for Ollama beside it
+        (<name>.Modelfile where there is one).
 
         path: ends in .gguf. quant: "f16", "bf16", "q8_0" or "q4_0". An NF4 base is dequantised
         first. Raises UnsupportedConfig for what such files cannot say, TokenizerMissing,
         OutputExists.
         """
-        return exporting_gguf.save_gguf(self, Path(path), quant)
+        return exporting_gguf.save_gguf(self, Path(path).expanduser(), quant)
 
     def push(
         self,

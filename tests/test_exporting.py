@@ -38,6 +38,16 @@ def logits(model: sloth.Model) -> torch.Tensor:
         return model.logits(TOKENS)
 
 
+def test_folders_may_begin_at_home(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = sloth.load(folder, device="cpu")
+    assert model.save_base("~/base") == tmp_path / "base"
+    model.add_lora(sloth.LoraConfig(r=2))
+    assert model.save_adapter("~/adapter") == tmp_path / "adapter"
+    assert model.save_merged("~/merged") == tmp_path / "merged"
+    assert sloth.load("~/base", adapter="~/adapter", device="cpu").has_adapter
+
+
 @pytest.mark.parametrize("which", ["folder", "tied"])
 def test_base_saved_dense_has_the_same_names_and_bytes(which, request, tmp_path):
     source = request.getfixturevalue(which)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sloth.commands.axolotl_reasons import NOTHING, REASONS
+
 # Of keys that are not in the file, where sloth would do something else.
 _DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 1,
@@ -23,6 +25,8 @@ _DEFAULTS: dict[str, Any] = {
     "lr_scheduler": "cosine",
     "weight_decay": 0.0,
 }
+# Its default warm-up: a share of the steps, up to so many.
+_WARMUP_RATIO, _WARMUP_STEPS = 0.03, 100
 # key -> setting of the same meaning and the same values.
 _SAME = {
     "output_dir": "output",
@@ -96,59 +100,6 @@ _VALUES: dict[str, dict[Any, tuple[str, Any] | None]] = {
     "bf16": {"auto": None},
     "strict": {False: None},
 }
-_KERNELS = "sloth picks its kernels itself; `sloth info` says which, --level changes it"
-_MEMORY = "the planner decides what is kept and what is computed again; `sloth estimate` shows it"
-_SHARDED = "every process holds the whole model; `sloth train --gpus N` shares out the rows"
-_STEPS = "sloth counts in steps: save_steps, eval_steps"
-_NOTHING = "sloth has nothing like it"
-_ACCOUNT = "set by the tracker's own environment variables"
-_REASONS = {
-    "load_in_8bit": "sloth loads 16-bit or 4-bit (quant: nf4) bases",
-    "chat_template": "rows are rendered with the template in the model's folder",
-    "chat_template_jinja": "rows are rendered with the template in the model's folder",
-    "trust_remote_code": "no code from a checkpoint is ever run",
-    "saves_per_epoch": _STEPS,
-    "evals_per_epoch": _STEPS,
-    "save_strategy": _STEPS,
-    "eval_strategy": _STEPS,
-    "save_total_limit": "the newest checkpoints and the best one are kept",
-    "logging_steps": "every step is in metrics.jsonl",
-    "dataset_prepared_path": "prepared data are kept in SLOTH_CACHE",
-    "pad_to_sequence_len": "rows are padded to their batch's longest, or not at all",
-    "eval_sample_packing": "held-out rows are never packed",
-    "group_by_length": "rows are read in random order",
-    "special_tokens": "the tokenizer's own are used; model.add_tokens adds more in Python",
-    "tokens": "model.add_tokens adds tokens, in Python",
-    "hub_model_id": "`sloth push FOLDER OWNER/NAME` uploads when the run is over",
-    "hub_strategy": "`sloth push FOLDER OWNER/NAME` uploads when the run is over",
-    "optimizer": "sloth has adamw and adamw_8bit",
-    "lr_scheduler": "sloth has linear, cosine, constant and wsd",
-    "rl": "sloth has the objectives dpo and orpo",
-    "loraplus_lr_embedding": "of LoRA+ alone; sloth's embedding_lr holds for embeddings in full",
-    "use_wandb": "expected true or false",
-    "batch_size": "follows from micro_batch_size and gradient_accumulation_steps",
-    "model_type": "config.json says it",
-    "tokenizer_type": "the files say it",
-    "tf32": "products of fp32 matrices keep their precision",
-    "wandb_name": _ACCOUNT,
-    "wandb_entity": _ACCOUNT,
-    "wandb_watch": _ACCOUNT,
-    "wandb_log_model": _ACCOUNT,
-    "wandb_mode": _ACCOUNT,
-    "mlflow_tracking_uri": _ACCOUNT,
-    "mlflow_run_name": _ACCOUNT,
-    **dict.fromkeys(
-        ("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"), _KERNELS
-    ),
-    **dict.fromkeys(("eager_attention", "attn_implementation", "torch_compile"), _KERNELS),
-    **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "plugins"), _KERNELS),
-    **dict.fromkeys(
-        ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
-        _MEMORY,
-    ),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "fsdp_version"), _SHARDED),
-    **dict.fromkeys(("context_parallel_size", "tensor_parallel_size"), _SHARDED),
-}
 # Fields of a dataset that name a column -> sloth's field.
 _COLUMNS = {
     "field": "text",
@@ -167,6 +118,8 @@ _AS_IT_IS: tuple[tuple[str, Any], ...] = (
     ("split", "train"),
     ("ds_type", "json"),
 )
+# Paths that name how data_files are read.
+_LOADERS = ("json", "csv", "parquet", "text")
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 
 
@@ -206,6 +159,7 @@ def convert(file: Mapping[str, Any]) -> Conversion:
     for key, value in _DEFAULTS.items():
         if file.get(key) is None and not (key == "num_epochs" and file.get("max_steps")):
             _convert_key(result, key, value, f"{key}, Axolotl's default")
+    _add_warmup(result, file)
     lora: dict[str, Any] = {}
     for key, value in file.items():
         if value is None or value == "" or value == [] or value == {}:
@@ -223,6 +177,23 @@ def convert(file: Mapping[str, Any]) -> Conversion:
     return result
 
 
+def _add_warmup(result: Conversion, file: Mapping[str, Any]) -> None:
+    """Axolotl's default. How many steps a share comes to is known only where the file says how many
+    there are; else the share is written down, and where its limit would be.
+    """
+    if any(file.get(key) is not None for key in ("warmup_steps", "warmup_ratio")):
+        return
+    origin, steps = "warmup_steps, Axolotl's default", file.get("max_steps")
+    if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0:
+        result.set("warmup_steps", min(int(_WARMUP_RATIO * steps), _WARMUP_STEPS), origin)
+        return
+    result.set("warmup_ratio", _WARMUP_RATIO, origin)
+    result.left["default warm-up"] = (
+        f"Axolotl's is {_WARMUP_STEPS} steps at most; give warmup_steps to a run of more than "
+        f"{round(_WARMUP_STEPS / _WARMUP_RATIO)} steps"
+    )
+
+
 def _convert_key(result: Conversion, key: str, value: Any, origin: str) -> None:
     known = _VALUES.get(key, {})
     if key in _SAME:
@@ -235,7 +206,7 @@ def _convert_key(result: Conversion, key: str, value: Any, origin: str) -> None:
             result.unneeded.append(key)
     else:
         shown = f"{value!r}: " if key in _VALUES else ""
-        result.left[key] = shown + _REASONS.get(key, _NOTHING)
+        result.left[key] = shown + REASONS.get(key, NOTHING)
 
 
 def _add_lora(result: Conversion, file: Mapping[str, Any], lora: dict[str, Any]) -> None:
@@ -339,8 +310,11 @@ def _datasets(result: Conversion, key: str, value: Any) -> None:
 
 
 def _dataset(result: Conversion, place: str, key: str, one: Mapping[str, Any]) -> None:
-    path = str(one["path"])
-    is_local = Path(path).suffix in _DATA_SUFFIXES or path.startswith((".", "/", "~"))
+    path, files = str(one["path"]), one.get("data_files")
+    files = files if isinstance(files, list) else [files] if files else []
+    takes_file = path in _LOADERS and len(files) == 1
+    path = str(files[0]) if takes_file else path
+    is_local = takes_file or Path(path).suffix in _DATA_SUFFIXES or path.startswith((".", "/", "~"))
     name = path if is_local or Path(path).exists() else f"hf://datasets/{path}"
     if key == "datasets":
         result.arguments["DATA"] = name
@@ -350,12 +324,13 @@ def _dataset(result: Conversion, place: str, key: str, one: Mapping[str, Any]) -
     if columns and key == "datasets":
         result.set("columns", columns, f"{place}.{', '.join(k for k in one if k in _COLUMNS)}")
     for name, value in one.items():
-        if name == "path" or (name in _COLUMNS and key == "datasets"):
+        is_path = name == "path" or (name == "data_files" and takes_file)
+        if is_path or (name in _COLUMNS and key == "datasets"):
             continue
         if (name, value) in _AS_IT_IS or (name == "type" and str(value).split(".")[0] in _FORMATS):
             result.unneeded.append(f"{place}.{name}")
         else:
-            why = "the rows tell; `sloth data check` shows what" if name == "type" else _NOTHING
+            why = "the rows tell; `sloth data check` shows what" if name == "type" else NOTHING
             result.left[f"{place}.{name}"] = f"{value!r}: {why}"
 
 

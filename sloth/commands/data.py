@@ -14,7 +14,6 @@ import tyro
 
 from sloth.commands.base import parse
 from sloth.data.settings import OnLong, TrainOn
-from sloth.errors import SlothError
 from sloth.train.config import ObjectiveName, TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -76,10 +75,10 @@ def run(arguments: Sequence[str]) -> int:
     from rich.console import Console
 
     from sloth.data.check import check_data, epoch_seconds, histogram
-    from sloth.data.show import describe_first_row, without_secrets
+    from sloth.data.show import describe_first_row, warnings_of, without_secrets
     from sloth.quiet import say
 
-    tokenizer, num_parameters, vocab_size = _read_model(parsed.model, parsed.revision)
+    tokenizer, num_parameters, vocab_size, positions = _read_model(parsed.model, parsed.revision)
     check = check_data(parsed.data, tokenizer, config, say, vocab_size)
     seconds = None
     if num_parameters is not None:
@@ -94,14 +93,17 @@ def run(arguments: Sequence[str]) -> int:
         console.print(without_secrets(f"  {line}"))
     console.print(without_secrets("\nfirst row, trained parts in [+ +]:"))
     console.print(without_secrets(describe_first_row(check.data, tokenizer)))
-    for warning in check.data.counts.warnings():
+    for warning in warnings_of(check.data, positions):
         console.print(without_secrets(f"\nWARNING: {warning}"))
     return 0
 
 
-def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None, int | None]:
-    """Its tokenizer, how many parameters it has and for how many tokens (None for an architecture
-    that is not known).
+Sizes = tuple[int | None, int | None, int | None]
+
+
+def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, *Sizes]:
+    """Its tokenizer, how many parameters it has, for how many tokens and positions (None for a
+    tokenizer alone). Raises UnsupportedConfig for a model that cannot be trained.
     """
     from sloth.formats.gguf import GGUFFile
     from sloth.formats.hub import resolve
@@ -113,33 +115,32 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, int | None,
         return Tokenizer.from_files(file.tokenizer_files()), *_sizes(file.config)
     tokenizer = Tokenizer.from_folder(path)
     if not (path / "config.json").is_file():
-        return tokenizer, None, None
+        return tokenizer, None, None, None
     from sloth.assemble import read_config
 
     return tokenizer, *_sizes(read_config(path))
 
 
-def _sizes(hf_config: dict[str, object]) -> tuple[int | None, int | None]:
-    """(parameters, tokens) of the model that a config.json describes."""
+def _sizes(hf_config: dict[str, object]) -> Sizes:
+    """(parameters, tokens, positions) of the text model that a config.json describes."""
     import torch
 
-    from sloth.assemble import check_layers
+    from sloth.assemble import architecture_of, check_layers
+    from sloth.formats.wrapper import WRAPPERS, text_config
     from sloth.linear import Linear
-    from sloth.models import ARCHITECTURES, as_auto_config
+    from sloth.models import as_auto_config
 
     hf_config = as_auto_config(hf_config)
-    kind = ARCHITECTURES.get(str(hf_config.get("model_type")))
-    if kind is None:
-        return None, None
-    try:
-        check_layers(hf_config)
-        config = kind[0].from_hf(hf_config)
-    except SlothError:
-        return None, None
+    if str(hf_config.get("model_type")) in WRAPPERS:
+        hf_config = text_config(hf_config)
+    config_class, decoder_class = architecture_of(hf_config)
+    check_layers(hf_config)
+    config = config_class.from_hf(hf_config)
 
     def projection(_: str, in_features: int, out_features: int, bias: bool) -> Linear:
         return Linear(in_features, out_features, bias)
 
     with torch.device("meta"):
-        network = kind[1](config, projection)
-    return sum(parameter.numel() for parameter in network.parameters()), config.vocab_size
+        network = decoder_class(config, projection)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return num_parameters, config.vocab_size, config.max_position_embeddings

@@ -44,10 +44,18 @@ def check_size(count: int) -> None:
 
 
 def take_device(device: str) -> None:
-    """Make the GPU of this rank the one that "cuda" means in this process."""
+    """Make the GPU of this rank the one that "cuda" means in this process. Raises ValueError where
+    nothing says which.
+    """
     import torch
 
     if device in ("auto", "cuda") and torch.cuda.is_available():
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several "
+                "processes, and LOCAL_RANK not which GPU is its own; start them with torchrun, or "
+                "unset WORLD_SIZE"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 

@@ -19,6 +19,7 @@ from sloth.lora_config import LoraConfig
 from sloth.quiet import give_up_on_broken, tell
 from sloth.redact import Redactor
 from sloth.train.config import TrainConfig, load_config, with_overrides
+from sloth.train.other_names import refuse_other_names
 
 if TYPE_CHECKING:
     from sloth.model import Model
@@ -103,6 +104,8 @@ def _train(parsed: Train, config: TrainConfig) -> TrainReport:
 
 def _read(arguments: Sequence[str]) -> tuple[Train, TrainConfig]:
     """The flags, and the settings that they and the file come to."""
+    flags_given = (a.removeprefix("--").split("=")[0] for a in arguments if a.startswith("--"))
+    refuse_other_names(name.replace("-", "_") for name in flags_given)
     from_file = load_config(config_path(arguments))
     wants_lora = from_file.lora is not None or any(a.startswith("--lora.") for a in arguments)
     values = {name: getattr(from_file, name) for name in TrainConfig.model_fields}
@@ -149,9 +152,13 @@ def _predicted(model: Model, batch: int, seq: int, config: TrainConfig) -> Plan:
 
 def _settings(config: TrainConfig) -> dict[str, str]:
     """Every setting with where it came from; an adapter's each on a line."""
-    origins, rows = config.origins(), {}
+    origins = {
+        **config.origins(),
+        **{f"lora.{name}": where for name, where in config.lora_origins().items()},
+    }
+    rows = {}
     for name, value in Redactor().value(config.plain()).items():
         flat = {f"{name}.{k}": v for k, v in value.items()} if name == "lora" and value else {}
         for key, shown in (flat or {name: value}).items():
-            rows[f"  {key}"] = f"{shown!s:<24}  {origins[name]}"
+            rows[f"  {key}"] = f"{shown!s:<24}  {origins[key]}"
     return rows

@@ -2,6 +2,7 @@
 
 Step s of a run reads rows [s R, (s + 1) R) of the endless sequence epoch 0, epoch 1, ..., each a
 shuffle of its own: a pure function of seed and epoch, so the step number alone is the data cursor.
+A run that goes on with another R is told how many rows it has read.
 
     padded         [B, T] of the longest row; padding comes after all real tokens, which are causal
     packed         several documents a row, positions from 0 in each; a little padding at the end
@@ -144,13 +145,18 @@ def order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which rows each optimizer step reads. rows_per_step = batch_size * grad_accum."""
+    """Which rows each optimizer step reads. rows_per_step = batch_size * grad_accum.
+
+    first_step, first_row: where a run goes on that has read so many rows in steps of other sizes.
+    """
 
     num_rows: int
     batch_size: int
     grad_accum: int
     seed: int
     total_rows: int
+    first_step: int = 0
+    first_row: int = 0
 
     @classmethod
     def of(
@@ -161,14 +167,16 @@ class StepPlan:
         seed: int,
         max_steps: int | None,
         epochs: float | None,
+        first_step: int = 0,
+        first_row: int = 0,
     ) -> StepPlan:
         """Whichever of max_steps and epochs ends first; one epoch when neither is given."""
         limits = []
         if max_steps is not None:
-            limits.append(max_steps * batch_size * grad_accum)
+            limits.append(first_row + (max_steps - first_step) * batch_size * grad_accum)
         if epochs is not None or max_steps is None:
             limits.append(max(1, round((epochs or 1.0) * num_rows)))
-        return cls(num_rows, batch_size, grad_accum, seed, min(limits))
+        return cls(num_rows, batch_size, grad_accum, seed, min(limits), first_step, first_row)
 
     @property
     def rows_per_step(self) -> int:
@@ -178,16 +186,20 @@ class StepPlan:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run."""
-        return math.ceil(self.total_rows / self.rows_per_step)
+        return self.first_step + math.ceil((self.total_rows - self.first_row) / self.rows_per_step)
+
+    def rows_before(self, step: int) -> int:
+        """How many rows `step` steps have read."""
+        later = (step - self.first_step) * self.rows_per_step
+        return min(self.first_row + later, self.total_rows)
 
     def epoch(self, step: int) -> float:
         """Passes over the data after `step` steps."""
-        return min(step * self.rows_per_step, self.total_rows) / self.num_rows
+        return self.rows_before(step) / self.num_rows
 
     def rows(self, step: int) -> list[int]:
         """Row indices of a step, in order."""
-        first = step * self.rows_per_step
-        places = range(first, min(first + self.rows_per_step, self.total_rows))
+        places = range(self.rows_before(step), self.rows_before(step + 1))
         return [
             order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]
             for place in places

@@ -21,8 +21,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
 
 MIN_CACHED_BYTES = 2**20
-ENCODING_VERSION = 2  # raise it when the same rows and settings come to other tokens or labels
+ENCODING_VERSION = 3  # raise it when the same rows and settings come to other tokens or labels
 
 DEFAULT_GIB = 20.0
 GIB = 2**30
 
 _READ_BYTES = 1 << 20
-_INDEX = "index.json"
+_INDEX, _LOCK = "index.json", ".lock"
 _UNFINISHED_SECONDS = 24 * 3600  # no preparing takes that long: its process is dead
 
 
@@ -117,6 +117,33 @@ def _check(path: Path, file: dict[str, Any]) -> None:
             raise CheckpointMismatch(f"{path} is damaged")
 
 
+@contextmanager
+def alone(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Inside, no other process prepares this entry, where systems have locks; on_wait is called
+    before one is waited for. The processes of a run need the same data, and one can make them for
+    all. Raises OSError.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.with_name(f"{folder.name}{_LOCK}")
+    with place.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # some network drives have no locks
+            pass
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
 class NewEntry:
     """A folder being filled, which becomes the entry when published; used as a context, it leaves
     nothing behind otherwise.
@@ -177,7 +204,10 @@ def prune(cache: Path, most_bytes: int) -> tuple[int, int]:
     sizes = {}
     for folder in cache.iterdir():
         with suppress(OSError):  # another process may be pruning, too
-            if ".tmp-" not in folder.name:
+            if folder.name.endswith(_LOCK):  # of a dead process, or of one that prepares
+                if time.time() - folder.stat().st_mtime > _UNFINISHED_SECONDS:
+                    folder.unlink()
+            elif ".tmp-" not in folder.name:
                 used = (folder / _INDEX).stat().st_mtime
                 held_bytes = sum(file.stat().st_size for file in folder.iterdir())
                 sizes[folder] = (used, held_bytes)

@@ -8,6 +8,7 @@ from sloth.data.encode import Encoded
 from sloth.errors import DataError
 
 NAMED_MALFORMED, NAMED_CHARACTERS = 3, 240
+COUNTED_ROLES, NAMED_ROLES = 20, 3
 
 
 @dataclass
@@ -24,7 +25,8 @@ class DataCounts:
     unstopped: of those, without a stop token at their end; unwritten: whose words the template does
     not write in full. by_prefixes: rows whose mask took more than one rendering. longest: tokens of
     the longest example before any cut. held_out: rows that are evaluated in place of trained on
-    (val_set_size); they are in no other number but `rows`.
+    (val_set_size); they are in no other number but `rows`. unknown_roles: messages by roles that
+    are none of the usual; of the first few such.
     """
 
     rows: int = 0
@@ -52,6 +54,7 @@ class DataCounts:
     longest: int = 0
     held_out: int = 0
     unwritten: int = 0
+    unknown_roles: dict[str, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
@@ -100,6 +103,12 @@ class DataCounts:
                 self.same_answers
             ),
         }
+        named = list(self.unknown_roles.items())[:NAMED_ROLES]
+        roles = ", ".join(f"{role[:NAMED_CHARACTERS]!r} ({count})" for role, count in named)
+        said[
+            f"{sum(self.unknown_roles.values())} messages have roles that templates do not know, "
+            f"{roles}; only those of assistant are trained"
+        ] = len(named)
         return [text for text, count in said.items() if count]
 
     def add_malformed(self, error: DataError) -> None:
@@ -119,3 +128,6 @@ class DataCounts:
         self.double_bos += row.has_double_bos
         self.lacks_bos += row.lacks_bos
         self.same_answers += row.has_same_answers
+        for role in row.unknown_roles:
+            if role in self.unknown_roles or len(self.unknown_roles) < COUNTED_ROLES:
+                self.unknown_roles[role] = self.unknown_roles.get(role, 0) + 1

@@ -28,6 +28,7 @@ from sloth.data.cache import (
     GIB,
     MIN_CACHED_BYTES,
     NewEntry,
+    alone,
     cache_key,
     default_folder,
     hold,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Dataset", "Source", "StepPlan", "collate", "load_data", "order"]
 
 Notice = Callable[[str], None]
+Made = tuple[Examples, DataCounts, str]
 
 PROGRESS_ROWS = 20_000
 # Padding-free rows leave the fastest attention kernel (it knows no documents), so a little padding
@@ -206,7 +208,7 @@ class _Maker:
         self.rows, self.tokenizer, self.settings, self.notice = rows, tokenizer, settings, notice
         self.max_length, self.on_long = settings["max_length"], settings["on_long"]
 
-    def cached_or_made(self) -> tuple[Examples, DataCounts, str]:
+    def cached_or_made(self) -> Made:
         """(examples, counts, fingerprint)."""
         cache = default_folder()
         if cache is None or not self.rows.files or self.rows.num_bytes < MIN_CACHED_BYTES:
@@ -214,25 +216,36 @@ class _Maker:
         most_bytes = limit_bytes()
         content = read_content(self.rows.files)
         folder = cache / cache_key(content, self.tokenizer, self.settings)
-        found = read_entry(folder)
-        if found is not None:
-            examples, index = found
-            self.notice(f"{self.rows.name}: {len(examples)} prepared examples from {folder}")
-            return examples, DataCounts(**index["counts"]), index["fingerprint"]
         try:
-            with NewEntry(folder) as entry:
-                writer = ExamplesWriter(entry.partial)
-                examples, counts, fingerprint = self._made(writer, content.num_lines)
-                files = writer.files
-                entry.publish(
-                    {"counts": asdict(counts), "fingerprint": fingerprint, "files": files}
-                )
-            examples.in_use = hold(folder)
-            self._prune(cache, most_bytes)
+            found = self._found(folder)
+            if found is None:
+                with alone(folder, self._tell_of_waiting):
+                    found = self._found(folder) or self._kept_in(folder, content.num_lines)
+                self._prune(cache, most_bytes)
+            return found
         except OSError as error:  # no permission, no room left
             self.notice(f"WARNING: prepared data are not kept, {cache} cannot be used: {error}")
             return self._made(ExamplesWriter(), content.num_lines)
+
+    def _found(self, folder: Path) -> Made | None:
+        found = read_entry(folder)
+        if found is None:
+            return None
+        examples, index = found
+        self.notice(f"{self.rows.name}: {len(examples)} prepared examples from {folder}")
+        return examples, DataCounts(**index["counts"]), index["fingerprint"]
+
+    def _kept_in(self, folder: Path, num_lines: int) -> Made:
+        with NewEntry(folder) as entry:
+            writer = ExamplesWriter(entry.partial)
+            examples, counts, fingerprint = self._made(writer, num_lines)
+            index = {"counts": asdict(counts), "fingerprint": fingerprint, "files": writer.files}
+            entry.publish(index)
+        examples.in_use = hold(folder)
         return examples, counts, fingerprint
+
+    def _tell_of_waiting(self) -> None:
+        self.notice(f"{self.rows.name}: another process is preparing the same; waiting for it")
 
     def _prune(self, cache: Path, most_bytes: int) -> None:
         gone, gone_bytes = prune(cache, most_bytes)
@@ -242,7 +255,7 @@ class _Maker:
                 f"{cache}, which may take {most_bytes / GIB:g} GiB (SLOTH_CACHE_GIB)"
             )
 
-    def _made(self, writer: ExamplesWriter, num_lines: int = 0) -> tuple[Examples, DataCounts, str]:
+    def _made(self, writer: ExamplesWriter, num_lines: int = 0) -> Made:
         try:
             return self._written(writer, num_lines, by_prefixes=False)
         except MaskDisagreement as error:
@@ -253,9 +266,7 @@ class _Maker:
             self.notice(f"{error}; all rows are rendered again, up to each turn")
             return self._written(ExamplesWriter(writer.folder), num_lines, by_prefixes=True)
 
-    def _written(
-        self, writer: ExamplesWriter, num_lines: int, by_prefixes: bool
-    ) -> tuple[Examples, DataCounts, str]:
+    def _written(self, writer: ExamplesWriter, num_lines: int, by_prefixes: bool) -> Made:
         counts = DataCounts()
         encoder = RowEncoder(
             self.tokenizer,

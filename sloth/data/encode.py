@@ -26,7 +26,17 @@ from typing import TYPE_CHECKING, Any
 from sloth.data.examples import UNTRAINED, Example
 from sloth.data.masks import Conversation, MaskDisagreement, Rendering, Span, TemplateShapes
 from sloth.data.preference import PREFERENCE, read_pair
-from sloth.data.rows import Chat, Completion, Content, Text, is_empty, map_columns, read_row
+from sloth.data.row_fields import KNOWN_ROLES
+from sloth.data.rows import (
+    OPTIONAL_FIELDS,
+    Chat,
+    Completion,
+    Content,
+    Text,
+    is_empty,
+    map_columns,
+    read_row,
+)
 from sloth.data.settings import TrainOn
 from sloth.data.sources import Malformed, Placed
 from sloth.errors import DataError, TokenizerMissing
@@ -46,7 +56,7 @@ class Encoded:
     turns: trained assistant turns; unstopped: of those, the ones whose last trained token would not
     end an answer; unwritten: the ones whose words the template does not write in full. lacks_bos:
     the template leaves out what the tokenizer puts before a text. has_same_answers: of a pair whose
-    two examples are equal.
+    two examples are equal. unknown_roles: of its messages, those that no template is known for.
     """
 
     where: str
@@ -59,6 +69,7 @@ class Encoded:
     lacks_bos: bool = False
     has_same_answers: bool = False
     unwritten: int = 0
+    unknown_roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,7 @@ class RowEncoder:
         self.shapes = TemplateShapes(is_trusting=not by_prefixes)
         self._before, self._stops = _written_before(tokenizer), frozenset(tokenizer.stop_ids)
         self._markers: dict[int, bool] = {}
+        self._unseen_fields = set(columns or ()) & OPTIONAL_FIELDS
 
     def encode(self, rows: Iterable[Placed]) -> Iterator[Encoded]:
         """What each row became, in order. Raises DataError, TokenizerMissing."""
@@ -131,12 +143,16 @@ class RowEncoder:
                 self._on_malformed(error)
             else:
                 yield from prepared
+        if self._unseen_fields and self.columns:
+            column = self.columns[min(self._unseen_fields)]
+            raise DataError(f"no row has the column {column!r}, which columns={self.columns} names")
 
     def _prepare(self, where: str, row: Any) -> list[_Prepared]:
         if isinstance(row, Malformed):
             raise row.error
         if self.columns is not None:
             row = map_columns(row, self.columns, where)
+            self._unseen_fields -= row.keys()
         if self.pairs:
             pair = [self._of(one, PREFERENCE, where) for one in read_pair(row, where)]
             if any(len(one.spans) > 1 for one in pair):
@@ -258,6 +274,8 @@ class RowEncoder:
             double |= self._has_double_bos(ids)
             examples.append(Example(ids, labels))
         bos = self.tokenizer.bos_id
+        assert isinstance(row.content, Chat)
+        roles = (message["role"] for message in row.content.messages)
         lacks = bos in self._before and any(e.tokens[:1] != [bos] for e in examples)
         return Encoded(
             row.where,
@@ -269,6 +287,7 @@ class RowEncoder:
             double,
             lacks,
             unwritten=row.unwritten,
+            unknown_roles=tuple(role for role in roles if role not in KNOWN_ROLES),
         )
 
     def _turn_end(
@@ -310,6 +329,7 @@ def _in_pairs(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
             chosen.lacks_bos or rejected.lacks_bos,
             chosen.examples == rejected.examples,
             chosen.unwritten + rejected.unwritten,
+            chosen.unknown_roles + rejected.unknown_roles,
         )
 
 

@@ -32,9 +32,12 @@ def load_both(
     """The rows to train on and those held out, None without any, under a run's settings.
 
     Raises DataError, also for a val_set_size that leaves nothing on one side; ValueError where the
-    data have a valid split already.
+    data have a valid split already, and for a setting without effect, as there are no held-out
+    rows.
     """
     has_valid = has_split(source, "valid")
+    if not has_valid and settings.eval_data is None and settings.val_set_size is None:
+        _refuse_idle(settings)
     if settings.val_set_size is not None and has_valid:
         raise ValueError(
             f"val_set_size={settings.val_set_size:g} takes held-out rows out of the data, which "
@@ -48,6 +51,19 @@ def load_both(
     if given is None:
         return data, None
     return data, load_for(settings, given, tokenizer, "valid", notice)
+
+
+def _refuse_idle(settings: RunSettings) -> None:
+    """Raise ValueError for a setting that is about held-out rows. Answers need none."""
+    names = ["eval_batch_size", "patience", "load_best"]
+    names += [] if settings.sample_prompts else ["eval_steps"]
+    for name in names:
+        if getattr(settings, name):
+            prompts = ", or sample_prompts" if name == "eval_steps" else ""
+            raise ValueError(
+                f"{name}={getattr(settings, name)} has no effect without held-out rows: "
+                f"eval_data, val_set_size, or a valid split of the data{prompts}"
+            )
 
 
 def divide(

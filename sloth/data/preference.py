@@ -20,12 +20,19 @@ from typing import Any
 from sloth.data.row_fields import (
     Message,
     as_messages,
-    as_text,
     as_tools,
     as_turns,
     name_of,
 )
-from sloth.data.rows import ALSO_CALLED, Chat, Completion, Content, kind_of
+from sloth.data.rows import (
+    ALSO_CALLED,
+    Chat,
+    Completion,
+    Content,
+    kind_of,
+    opened_by_system,
+    text_after_system,
+)
 from sloth.errors import DataError
 
 PREFERENCE = "preference"
@@ -97,9 +104,7 @@ def _chats(
         asked, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     elif chosen[: len(asked)] == rejected[: len(asked)] == asked:
         chosen, rejected = chosen[len(asked) :], rejected[len(asked) :]
-    if row.get("system") and asked[0]["role"] != "system":
-        system = as_text(row["system"], f"{where}: system")
-        asked = [{"role": "system", "content": system}, *asked]
+    asked = opened_by_system(row, asked, where)
     tools = as_tools(row, where)
     return Chat(asked + chosen, tools, len(asked)), Chat(asked + rejected, tools, len(asked))
 
@@ -118,9 +123,7 @@ def _completions(
         if not prompt or _prompt_columns(row):
             raise _nothing_asked(row, where, "word")
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    asked = prompt or ""
-    if row.get("system"):
-        asked = f"{as_text(row['system'], f'{where}: system')}\n\n{asked}"
+    asked = text_after_system(row, prompt or "", where)
     return Completion(asked, chosen), Completion(asked, rejected)
 
 

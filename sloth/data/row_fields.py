@@ -33,6 +33,10 @@ _ROLES = {
 }
 
 
+# What chat templates know; in a row, these in any case. Others come through as they are, counted.
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
 def as_list(value: Any, where: str) -> list[Any]:
     """A list that is not empty, from JSON text where need be."""
     if isinstance(value, str) and value.lstrip().startswith("["):
@@ -58,9 +62,12 @@ def _message(message: Any, place: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise DataError(f"{place}.role: expected system, user, assistant or tool, got {role!r}")
+    plain = role.strip().lower()
+    role = plain if plain in KNOWN_ROLES else role
     if isinstance(content, str) and len(message) == 2:
-        return dict(message)
+        return {**message, "role": role}
     held = {key: item for key, item in message.items() if item is not None}
+    held["role"] = role
     if isinstance(content, list):
         held["content"] = _joined(content, f"{place}.content")
     elif content is None and message.get("tool_calls"):
@@ -106,7 +113,7 @@ def as_turns(value: list[Any], where: str) -> list[Message]:
             raise DataError(f"{place}.from: expected human, gpt, system or tool, got {sender!r}")
         text = as_text(turn.get("value"), f"{place}.value")
         message: Message = {"role": role, "content": text}
-        if sender == "function_call":
+        if isinstance(sender, str) and sender.lower() == "function_call":
             called = _from_json(text, f"{place}.value")
             calls = called if isinstance(called, list) else [called]
             wrapped = [{"type": "function", "function": call} for call in calls]

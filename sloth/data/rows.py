@@ -40,6 +40,10 @@ ALSO_CALLED = {
 }
 
 
+# Fields that a row may lack beside others of the same file.
+OPTIONAL_FIELDS = frozenset(("system", "tools", "input"))
+
+
 @dataclass(frozen=True)
 class Chat:
     """Messages of which assistant turns from first_trained on may be trained."""
@@ -115,6 +119,7 @@ def read_row(row: Any, where: str, has_template: bool) -> tuple[str, Content]:
     if kind in ("messages", "sharegpt"):
         return kind, _chat(row, kind, where)
     if kind == "text":
+        _refuse_fields(row, ("system", "tools"), kind, where)
         return kind, Text(as_text(row["text"], f"{where}: text"))
     if kind == "alpaca":
         return kind, _alpaca(row, where, has_template)
@@ -122,10 +127,36 @@ def read_row(row: Any, where: str, has_template: bool) -> tuple[str, Content]:
     if isinstance(prompt, list) and isinstance(completion, list):
         before = as_messages(prompt, f"{where}: prompt")
         after = as_messages(completion, f"{where}: completion")
+        before = opened_by_system(row, before, where)
         return kind, Chat(before + after, as_tools(row, where), len(before))
+    _refuse_fields(row, ("tools",), "prompt/completion of texts", where)
     prompt = as_text(prompt, f"{where}: prompt", "a text, like the completion")
     completion = as_text(completion, f"{where}: completion", "a text, like the prompt")
-    return kind, Completion(prompt, completion)
+    return kind, Completion(text_after_system(row, prompt, where), completion)
+
+
+def opened_by_system(row: Mapping[str, Any], messages: list[Message], where: str) -> list[Message]:
+    """The messages after the row's system message, if it has one and they do not."""
+    if not row.get("system") or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": as_text(row["system"], f"{where}: system")}, *messages]
+
+
+def text_after_system(row: Mapping[str, Any], text: str, where: str) -> str:
+    """The text after the row's system text, if it has one."""
+    if not row.get("system"):
+        return text
+    return f"{as_text(row['system'], f'{where}: system')}\n\n{text}"
+
+
+def _refuse_fields(row: Mapping[str, Any], fields: tuple[str, ...], kind: str, where: str) -> None:
+    """Raise DataError for a field that such a row has no place for."""
+    for field in fields:
+        if as_tools(row, where) if field == "tools" else row.get(field):
+            raise DataError(
+                f"{where}: a row of {kind} has no place for {field!r}; give messages, write it "
+                "into the text, or name the columns to read in `columns`"
+            )
 
 
 def _chat(row: Mapping[str, Any], kind: str, where: str) -> Chat:
@@ -133,10 +164,7 @@ def _chat(row: Mapping[str, Any], kind: str, where: str) -> Chat:
     place = f"{where}: {field}"
     turns = as_list(row[field], place)
     messages = as_turns(turns, place) if kind == "sharegpt" else as_messages(turns, place)
-    if row.get("system") and messages[0]["role"] != "system":
-        system = as_text(row["system"], f"{where}: system")
-        messages = [{"role": "system", "content": system}, *messages]
-    return Chat(messages, as_tools(row, where))
+    return Chat(opened_by_system(row, messages, where), as_tools(row, where))
 
 
 def _alpaca(row: Mapping[str, Any], where: str, has_template: bool) -> Content:
@@ -167,20 +195,23 @@ def is_empty(content: Content) -> bool:
 
 
 def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
-    """The row under the fields' own names; columns that are not mapped are left out.
-
-    Raises DataError with the columns found.
+    """The row under the fields' own names; columns that are not mapped are left out, and optional
+    ones that it lacks. Raises DataError with the columns found.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object, got {name_of(row)}")
-    missing = [column for column in columns.values() if column not in row]
+    missing = [
+        column
+        for field, column in columns.items()
+        if column not in row and field not in OPTIONAL_FIELDS
+    ]
     if missing:
         found = ", ".join(map(repr, row)) or "none"
         raise DataError(
             f"{where}: no column {missing[0]!r}, which columns={dict(columns)} names; the columns "
             f"are {found}{_suggestion(row)}"
         )
-    return {field: row[column] for field, column in columns.items()}
+    return {field: row[column] for field, column in columns.items() if column in row}
 
 
 def _suggestion(row: Mapping[str, Any]) -> str:

@@ -20,6 +20,20 @@ _TRAINED_STYLE = "bold green"
 _CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
 
 
+def warnings_of(data: Dataset, positions: int | None) -> list[str]:
+    """What is odd about the data, in sentences, also for a model made for so many positions (None:
+    not known).
+    """
+    said = data.counts.warnings()
+    num_long = 0 if positions is None else int((data.examples.lengths > positions).sum())
+    if num_long:
+        said.append(
+            f"{num_long} examples are longer than the {positions} positions that the model is made "
+            "for (max_position_embeddings of its config.json); a smaller max_length cuts them"
+        )
+    return said
+
+
 def describe_first_row(data: Dataset, tokenizer: Tokenizer) -> Text:
     """The first example, or both halves of the first pair."""
     if not data.pairs:

@@ -3,7 +3,8 @@
 huggingface-hub resumes a transfer that was cut or stalls, and compares sizes. It does not try again
 after a server's error, and does not look at the bytes: a damaged file of the right size would train
 in silence. Large files are named by their sha256 in its cache; each is hashed once (a mark in
-sloth's cache says so), thrown away and fetched anew where it differs.
+sloth's cache says so, with size and time of what was hashed), thrown away and fetched anew where it
+differs.
 """
 
 from __future__ import annotations
@@ -103,13 +104,18 @@ def _is_damaged(file: Path) -> bool:
         return False
     root = cache_root()
     mark = root / "verified" / blob.name if root else None
-    if mark is not None and mark.exists():
-        return False
+    # What the file system says of the bytes that were hashed: written anew, they are others.
+    held = blob.stat()
+    identity = f"{held.st_size} {held.st_mtime_ns} {held.st_ino}\n"
+    if mark is not None:
+        with suppress(OSError, UnicodeError):
+            if mark.read_text(encoding="utf-8") == identity:
+                return False
     with blob.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != blob.name:
             return True
     if mark is not None:
         with suppress(OSError):  # no permission: it is hashed again the next time
             mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            mark.write_text(identity, encoding="utf-8")
     return False

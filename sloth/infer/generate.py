@@ -7,6 +7,7 @@ count from the first real token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,8 @@ def generate_tokens(
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; give some text")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:  # nor NaN
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     device = network.device
     tokens, positions, documents = _left_padded(prompts, device)
     width = tokens.shape[1]

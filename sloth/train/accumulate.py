@@ -83,16 +83,30 @@ class Accumulator:
 
     def agreed(self, work: Callable[[], Sequence[Number]], count: int) -> list[Number]:
         """`Ranks.agree` for work that may halve the passes. Afterwards they are those of the rank
-        with the least memory, in all: a checkpoint keeps one number, and a resume follows it.
+        with the least memory, in all: a checkpoint keeps one number, and a resume follows it. Rank
+        0, which alone is heard, tells of it.
         """
         ranks = self.ranks
 
         def counted() -> list[Number]:
-            numbers = list(work())
-            return [*numbers, *(self.rows_per_pass * (r == ranks.rank) for r in range(ranks.size))]
+            numbers, kept = list(work()), (self.rows_per_pass, self._eval_rows or 0)
+            return [*numbers, *(n * (r == ranks.rank) for n in kept for r in range(ranks.size))]
 
-        numbers = ranks.agree(counted, count + ranks.size)
-        self.rows_per_pass = int(min(numbers[count:]))
+        numbers = ranks.agree(counted, count + 2 * ranks.size)
+        rows, eval_rows = (
+            int(min(numbers[at : at + ranks.size])) for at in (count, count + ranks.size)
+        )
+        held = (
+            (rows, "a pass", self.rows_per_pass),
+            (eval_rows, "an evaluation pass", self._eval_rows),
+        )
+        for least, what, own in held:
+            if own and least < own:
+                self._notice(
+                    f"WARNING: another process ran out of memory; going on with {least} rows in "
+                    f"{what} and more passes, which gives the same loss"
+                )
+        self.rows_per_pass, self._eval_rows = rows, eval_rows or None
         return numbers[:count]
 
     def _backward(self, rows: list[int], batches: list[Batch], sizes: list[int]) -> Tensor:

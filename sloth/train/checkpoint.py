@@ -7,6 +7,7 @@ reading.
                         state.json              step, counts, losses, settings, data fingerprint
                         config.yaml, tokenizer  so that the folder explains itself
                         manifest.json           size and sha256 of each file, written last
+                        looked.json             progress after held-out rows were looked at, too
 
 A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
 pointer file to tear. A folder named `*.tmp-*` is an unfinished write and is removed at the next
@@ -22,6 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,10 @@ KEEP = 2
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
-_STEP = re.compile(r"step-(\d{6,})")
-_UNFINISHED, _WEIGHTS = ("step-*.tmp-*", "weights-*.tmp-*"), "weights-*"
-_MANIFEST, _STATE = "manifest.json", "state.json"
+# Whole names: what is merely called alike is somebody's.
+_STEP, _WEIGHTS = re.compile(r"step-(\d{6,})"), re.compile(r"weights-\d{6,}")
+_UNFINISHED = re.compile(r"(step|weights)-\d{6,}\.tmp-\d+")
+_MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
 
 
 def write_checkpoint(
@@ -59,7 +62,7 @@ def write_checkpoint(
     """
     final = run / folder_name(step)
     _publish(final, tensors, state, add_files)
-    for rescued in run.glob(_WEIGHTS):
+    for rescued in _named(run, _WEIGHTS):
         shutil.rmtree(rescued, ignore_errors=True)
     _prune(run, newest=final, best_step=best_step)
     return final
@@ -71,7 +74,7 @@ def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[s
     """
     final = run / weights_name(step)
     _publish(final, tensors, state, None)
-    for path in run.glob(_WEIGHTS):
+    for path in _named(run, _WEIGHTS):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
     return final
@@ -125,8 +128,7 @@ def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, good or not."""
     if not run.is_dir():
         return []
-    found = [path for path in run.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted(_named(run, _STEP), key=step_of, reverse=True)
 
 
 def newest_good(place: Path) -> Path | None:
@@ -148,8 +150,23 @@ def newest_good(place: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a good checkpoint."""
-    return json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    """state.json of a good checkpoint, with the progress of after the look that followed it."""
+    state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        looked = json.loads((folder / _LOOKED).read_text(encoding="utf-8"))
+        if looked["step"] == step_of(folder):
+            state["progress"] = looked
+    return state
+
+
+def write_looked(folder: Path, progress: dict[str, Any]) -> None:
+    """Add what was seen after the checkpoint was written, whole or not at all: without it, a
+    resumed run looks again. Raises OSError.
+    """
+    partial = folder / f"{_LOOKED}.tmp"
+    partial.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, folder / _LOOKED)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -159,9 +176,9 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for pattern in (*_UNFINISHED, *publish.UNFINISHED):
-        for path in run.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in _named(run, _UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    publish.remove_unfinished(run)
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -231,6 +248,11 @@ def _prune(run: Path, newest: Path, best_step: int | None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         elif good < KEEP and (folder == newest or is_good(folder)):
             good += 1
+
+
+def _named(run: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Folders of a run by such a name."""
+    return [path for path in run.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
 
 
 def _files(folder: Path) -> list[Path]:

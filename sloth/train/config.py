@@ -24,52 +24,13 @@ from pydantic import (
 from sloth.data.settings import ROW_FIELDS, OnLong, TrainOn
 from sloth.lora_config import LoraConfig
 from sloth.names import refuse_unknown
+from sloth.train.other_names import ELSEWHERE
 from sloth.train.yaml_file import read_yaml
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 ObjectiveName = Literal["sft", "dpo", "orpo"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-
-# What other trainers call these settings, for the "did you mean" of an unknown key.
-_ELSEWHERE = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "lr_scheduler": "schedule",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "micro_batch_size": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "grad_accum",
-    "max_seq_length": "max_length",
-    "sequence_len": "max_length",
-    "sample_packing": "packing",
-    "train_on_inputs": "train_on",
-    "assistant_only_loss": "train_on",
-    "column_mapping": "columns",
-    "max_grad_norm": "clip",
-    "output_dir": "output",
-    "eval_dataset": "eval_data",
-    "resume_from_checkpoint": "resume",
-    "load_in_4bit": "quant",
-    "optim": "optimizer",
-    "report_to": "trackers",
-    "loraplus_lr_ratio": "lora_plus",
-    "neftune_noise_alpha": "neftune",
-    "early_stopping_patience": "patience",
-    "load_best_model_at_end": "load_best",
-    "rl": "objective",
-    "loss_type": "objective",
-    "rl_beta": "beta",
-    "dpo_beta": "beta",
-    "orpo_alpha": "beta",
-    "eval_fraction": "val_set_size",
-    "val_size": "val_set_size",
-    "test_size": "val_set_size",
-    "val_split_fraction": "val_set_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "gpu_memory_limit": "memory_gib",
-}
 
 # What `allow_change` knows beside settings: what else a checkpoint holds of its run.
 FINGERPRINTS = ("data", "base", "ranks", "level", "base_compute")
@@ -214,7 +175,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _known_names(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            refuse_unknown(values, cls.model_fields, "setting", _ELSEWHERE)
+            refuse_unknown(values, cls.model_fields, "setting", ELSEWHERE)
             lora = values.get("lora")
             if isinstance(lora, Mapping):
                 refuse_unknown(lora, LoraConfig.model_fields, "lora setting")
@@ -232,6 +193,12 @@ class TrainConfig(BaseModel):
         if isinstance(value, bool):
             raise ValueError("expected a number, got a boolean")
         return value
+
+    @field_validator("output", "resume")
+    @classmethod
+    def _of_home(cls, value: bool | Path | None) -> bool | Path | None:
+        """No shell reads a YAML file: `~/runs` would be a folder of that name."""
+        return value.expanduser() if isinstance(value, Path) else value
 
     @field_validator("columns")
     @classmethod
@@ -258,17 +225,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> TrainConfig:
-        has_held_out = self.eval_data is not None or self.val_set_size is not None
-        if self.eval_steps is not None and not has_held_out and not self.sample_prompts:
-            raise ValueError(
-                f"eval_steps={self.eval_steps} has no effect without eval_data, val_set_size or "
-                "sample_prompts"
-            )
-        for name in ("patience", "load_best"):
-            if getattr(self, name) and not has_held_out:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect without eval_data or val_set_size"
-                )
+        """What needs held-out rows is looked at once the data are there: they may bring some."""
         if self.eval_data is not None and self.val_set_size is not None:
             raise ValueError(
                 f"val_set_size={self.val_set_size:g} takes held-out rows out of the data, and "
@@ -330,6 +287,15 @@ class TrainConfig(BaseModel):
             for name in TrainConfig.model_fields
         }
 
+    def lora_origins(self) -> dict[str, str]:
+        """The same of each of the adapter's settings."""
+        given = self.lora.model_fields_set if self.lora is not None else ()
+        whole = self.origins()["lora"]
+        return {
+            name: self._origins.get(f"lora.{name}", whole if name in given else "default")
+            for name in LoraConfig.model_fields
+        }
+
     def plain(self) -> dict[str, Any]:
         """The settings as JSON types, less an evaluation on rows that were given in memory."""
         if self.eval_data is None or isinstance(self.eval_data, str):
@@ -353,11 +319,13 @@ def load_config(
 
     Raises ValueError for a file that cannot be read as settings.
     """
-    values = read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path).expanduser()) if path is not None else {}
     origins = dict.fromkeys(values, Path(path).name) if path is not None else {}
     for name, value in (overrides or {}).items():
         below = values.get(name)
         if name == "lora" and isinstance(below, Mapping) and isinstance(value, Mapping):
+            origins |= {f"lora.{key}": origins["lora"] for key in below}
+            origins |= {f"lora.{key}": "argument" for key in value}
             value = {**below, **value}
         values[name] = value
         origins[name] = "argument"
@@ -374,6 +342,11 @@ def with_overrides(
     given = {name: getattr(base, name) for name in TrainConfig.model_fields}
     kept = {name: where for name, where in base.origins().items() if where != "default"}
     origins = {**dict.fromkeys(given, "default"), **kept, **dict.fromkeys(overrides, origin)}
+    if isinstance(lora := overrides.get("lora"), LoraConfig):
+        before, where = base.lora or LoraConfig(), base.lora_origins()
+        for name in LoraConfig.model_fields:
+            is_as_before = getattr(lora, name) == getattr(before, name)
+            origins[f"lora.{name}"] = where[name] if is_as_before else origin
     return _from(origins, TrainConfig(**{**given, **overrides}))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from sloth.data.show import describe_first_row
+from sloth.data.show import describe_first_row, warnings_of
 from sloth.formats.tensor_file import num_bytes
 from sloth.train.optim import kind_of, rate_scales
 
@@ -68,7 +68,8 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
         "adapter": state.attached or ("as it is" if model.has_adapter else "none, full training"),
         "trained": _parameters(trainer),
         "optimizer": f"{config.optimizer}, {config.schedule} from {shown_rates}; "
-        f"{trainer.warmup_steps} warm-up steps, decay {config.weight_decay:g}, clip {config.clip}",
+        f"{trainer.timetable.warmup_steps} warm-up steps, decay {config.weight_decay:g}, "
+        f"clip {config.clip}",
         "evaluation": evaluations,
         "checkpoints": f"each {config.save_steps or plan.num_steps} steps, "
         f"{state.checkpoint_bytes() / MIB:.1f} MiB each, in {config.output or 'a new runs/<time>'}",
@@ -80,15 +81,7 @@ def describe_plan(trainer: Trainer) -> dict[str, str]:
 
 def _warnings(trainer: Trainer) -> list[str]:
     """What is odd about the data, also for this model."""
-    said = trainer.data.counts.warnings()
-    positions = trainer.model.network.config.max_position_embeddings
-    num_long = int((trainer.data.examples.lengths > positions).sum())
-    if num_long:
-        said.append(
-            f"{num_long} examples are longer than the {positions} positions that the model is made "
-            "for (max_position_embeddings of its config.json); a smaller max_length cuts them"
-        )
-    return said
+    return warnings_of(trainer.data, trainer.model.network.config.max_position_embeddings)
 
 
 def _objective(trainer: Trainer) -> str:

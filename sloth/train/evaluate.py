@@ -13,13 +13,14 @@ model that will be saved: products in 8 bits, an approximation of training, are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sloth.errors import SlothError
 from sloth.infer.generate import generate_tokens
 from sloth.infer.text import Prompt, encode_prompt
 
@@ -43,7 +44,7 @@ def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
 
 @torch.no_grad()
 def summed(
-    batches: Sequence[list[int]], measure: Callable[[list[int]], Tensor], network: Any
+    batches: Iterable[list[int]], measure: Callable[[list[int]], Tensor], network: Any
 ) -> list[float]:
     """Loss and metrics of all passes, added up; each is a share already. Empty for no pass.
 
@@ -65,22 +66,43 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt: a user's message where the model has a chat template, else raw
+    text. Raises ValueError for one that cannot be asked: no tokens, or a template that refuses it.
+    """
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        asked: Prompt = prompt
+        if tokenizer.chat is not None:
+            asked = [{"role": "user", "content": prompt}]
+        try:
+            ids, why = encode_prompt(tokenizer, asked), "it has no tokens"
+        except (SlothError, ValueError) as error:
+            ids, why = [], str(error)
+        if not ids:
+            raise ValueError(f"sample_prompts[{number}]={prompt!r} cannot be asked: {why}")
+        encoded.append(ids)
+    return encoded
+
+
 def sample_answers(
-    network: Any, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int
+    network: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> list[tuple[str, str]]:
-    """(prompt, greedy answer) of each prompt: a user's message where the model has a chat template,
-    else raw text. 4-bit weights stay packed: a dense copy would be memory that training lacks.
+    """(prompt, greedy answer) of each prompt; nothing once `is_over`. 4-bit weights stay packed: a
+    dense copy would be memory that training lacks.
     """
     if not prompts:
         return []
-    asked: list[Prompt] = [
-        prompt if tokenizer.chat is None else [{"role": "user", "content": prompt}]
-        for prompt in prompts
-    ]
-    ids = [encode_prompt(tokenizer, one) for one in asked]
-    answers: list[list[int]] = [[] for _ in asked]
+    ids = encode_prompts(tokenizer, prompts)
+    answers: list[list[int]] = [[] for _ in ids]
     with evaluating(network):
         for step in generate_tokens(network, ids, num_tokens, tokenizer.stop_ids):
+            if is_over():
+                return []
             for answer, token in zip(answers, step, strict=True):
                 if token is not None:
                     answer.append(token)

@@ -19,6 +19,7 @@ from sloth.redact import Redactor
 if TYPE_CHECKING:
     from sloth.data.dataset import Dataset
     from sloth.train.config import TrainConfig
+    from sloth.train.records import Progress
     from sloth.train.state import TrainState
 
 FILE_NAME = "run.json"
@@ -102,3 +103,15 @@ class Training:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, facts: RunFacts, progress: Progress) -> Training:
+        """What came of a run that went so far."""
+        return cls(
+            facts,
+            progress.losses,
+            progress.held_out,
+            progress.tokens,
+            progress.trained_tokens,
+            progress.seconds,
+        )

@@ -1,13 +1,14 @@
 """Looking at the model while it trains: the loss on held-out rows, and answers to the prompts.
 
 A look changes nothing that training depends on (evaluate.py), and what has no memory costs the look
-and not the run.
+and not the run. A signal to stop ends it between two passes: the run is resumed with that look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -19,6 +20,7 @@ from sloth.train.log import RunLog
 from sloth.train.objectives import Objective
 from sloth.train.ranks import Ranks
 from sloth.train.records import EvalRecord, Progress
+from sloth.train.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,20 @@ class HeldOut:
     longest: int
     batch_of: Callable[[Dataset, list[int]], Batch]
 
-    def look(self, progress: Progress, log: RunLog, accumulator: Accumulator) -> bool:
-        """Measure, ask and log; whether the loss is a new lowest."""
+    def look(
+        self, progress: Progress, log: RunLog, accumulator: Accumulator, stop: StopRequest
+    ) -> bool:
+        """Measure, ask and log; whether the loss is a new lowest. The look stays due where `stop`
+        cut it short.
+        """
         loss, metrics = None, {}
         if self.data is not None:
-            count = 2 + len(self.objective.metrics)
-            num_short, *sums = accumulator.agreed(lambda: self._sums(accumulator), count)
+            count = 3 + len(self.objective.metrics)
+            num_short, num_stopped, *sums = accumulator.agreed(
+                lambda: self._sums(accumulator, stop), count
+            )
+            if num_stopped:
+                return False
             if num_short:
                 log.notice(
                     "WARNING: no evaluation loss, one held-out row alone does not fit into memory; "
@@ -48,10 +58,11 @@ class HeldOut:
             else:
                 loss = progress.eval_losses[str(progress.step)] = float(sums[0])
                 metrics = self.objective.named(sums[1:])
+        progress.is_look_due = False
         improved = loss is not None and best_step(progress.held_out) == progress.step
 
         def answer_and_tell() -> None:
-            samples, has_perplexity = self._samples(log), self.objective.has_perplexity
+            samples, has_perplexity = self._samples(log, stop), self.objective.has_perplexity
             log.evaluation(
                 EvalRecord(progress.step, loss, samples, improved, metrics, has_perplexity)
             )
@@ -59,38 +70,52 @@ class HeldOut:
         self.ranks.first(answer_and_tell)
         return improved
 
-    def _samples(self, log: RunLog) -> list[tuple[str, str]]:
-        """Answers to the prompts; none where there is no memory for the longest."""
+    def _samples(self, log: RunLog, stop: StopRequest) -> list[tuple[str, str]]:
+        """Answers to the prompts; none where generating them fails, as for lack of memory: they are
+        for reading, and no reason to end a run.
+        """
         model, config = self.objective.model, self.config
         try:
             return sample_answers(
-                model.network, model.tokenizer, config.sample_prompts, config.sample_tokens
+                model.network,
+                model.tokenizer,
+                config.sample_prompts,
+                config.sample_tokens,
+                lambda: stop.received is not None,
             )
         except torch.OutOfMemoryError as error:
-            why = str(error).split(". ")[0]
-        log.notice(f"WARNING: samples are left out, memory ran out while generating them ({why})")
+            why = f"memory ran out while generating them ({str(error).split('. ')[0]})"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        log.notice(f"WARNING: samples are left out, {why}")
         return []
 
-    def _sums(self, accumulator: Accumulator) -> list[float]:
+    def _sums(self, accumulator: Accumulator, stop: StopRequest) -> list[float]:
         """1 where a held-out row alone does not fit (it may be longer than those trained on), else
-        0; then this rank's shares of the loss over held-out rows and of the metrics.
+        0; 1 where `stop` ended it; then this rank's shares of the loss over held-out rows and of
+        the metrics.
         """
         assert self.data is not None
         data = self.data
         objective, sizes = self.objective, self.objective.sizes_of(data)
         nothing = [0.0] * (1 + len(objective.metrics))
         lengths = data.row_lengths()
+        # Shared before they become passes: a rank that halves its own must not move the others'.
+        own = self.ranks.share(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)))
+        own_lengths = [lengths[row] for row in own]
         while True:
             rows = accumulator.eval_rows_per_pass
+            places = eval_batches(own_lengths, rows, rows * self.longest)
+            batches = [[own[place] for place in one] for one in places]
             try:
                 sums = summed(
-                    self.ranks.share(eval_batches(lengths, rows, rows * self.longest)),
+                    takewhile(lambda _: stop.received is None, batches),
                     lambda rows: objective.measure(self.batch_of(data, rows), sizes),
                     objective.model.network,
                 )
-                return [0.0, *(sums or nothing)]
+                return [0.0, float(stop.received is not None), *(sums or nothing)]
             except torch.OutOfMemoryError as error:
                 why = str(error).split(". ")[0]
             if rows == 1:
-                return [1.0, *nothing]
+                return [1.0, 0.0, *nothing]
             accumulator.shrink_evaluation(why)

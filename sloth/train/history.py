@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sloth.train.lock import is_locked
+
 METRICS, FACTS = "metrics.jsonl", "run.json"
 # What a run that reached its end leaves.
 _PUBLISHED = ("adapter", "model")
-# A run that wrote nothing for longer than this, and than three of its steps, is not going on.
+_STEP = re.compile(r"step-\d{6,}")
+# Where its lock does not tell: a run that wrote nothing for longer than this, and than three of its
+# steps, is not going on.
 _SILENT_SECONDS = 60.0
 
 
@@ -40,21 +45,23 @@ class RunHistory:
         eval_losses: dict[int, float] = {}
         seconds = 0.0
         metrics = folder / METRICS
-        for line in metrics.read_bytes().splitlines():
+        for line in _bytes_of(metrics).splitlines():
             try:
                 row = json.loads(line)
                 step, event = int(row["step"]), row["event"]
-            except (ValueError, KeyError, TypeError):
+                if event == "step":
+                    loss = math.nan if row.get("loss") is None else float(row["loss"])
+                    seconds = max(seconds, float(row.get("seconds") or 0.0))
+                    losses[step] = loss
+                elif event == "eval" and row.get("eval_loss") is not None:
+                    eval_losses[step] = float(row["eval_loss"])
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
-            if event == "step":
-                losses[step] = math.nan if row.get("loss") is None else float(row["loss"])
-                seconds = max(seconds, float(row.get("seconds") or 0.0))
-            elif event == "eval" and row.get("eval_loss") is not None:
-                eval_losses[step] = float(row["eval_loss"])
         facts = _facts(folder)
+        told_settings = facts.get("settings")
         settings = {
             name: told.get("value") if isinstance(told, dict) else told
-            for name, told in facts.get("settings", {}).items()
+            for name, told in (told_settings if isinstance(told_settings, dict) else {}).items()
         }
         model, written = str(facts.get("model", "?")), metrics.stat().st_mtime
         return cls(folder, model, settings, losses, eval_losses, seconds, written)
@@ -87,11 +94,15 @@ class RunHistory:
 
     def status(self, now: float) -> str:
         """finished, running, or stopped, with the checkpoint to resume from."""
-        if now - self.written < max(_SILENT_SECONDS, 3 * self.seconds) and not self._published():
+        is_running = is_locked(self.folder)
+        if is_running is None:
+            is_running = now - self.written < max(_SILENT_SECONDS, 3 * self.seconds)
+            is_running = is_running and not self._published()
+        if is_running:
             return "running"
         if self._published():
             return "finished"
-        steps = sorted(path.name for path in self.folder.glob("step-*") if path.is_dir())
+        steps = sorted(p.name for p in self.folder.glob("step-*") if _STEP.fullmatch(p.name))
         return f"stopped, resume from {steps[-1]}" if steps else "stopped, no checkpoint"
 
     def differences(self, other: RunHistory) -> dict[str, tuple[Any, Any]]:
@@ -112,7 +123,8 @@ def find_runs(folder: Path) -> list[RunHistory]:
         return [RunHistory.read(folder)]
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder")
-    return [RunHistory.read(path.parent) for path in sorted(folder.glob(f"*/{METRICS}"))]
+    found = [path for path in sorted(folder.glob(f"*/{METRICS}")) if path.is_file()]
+    return [RunHistory.read(path.parent) for path in found]
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -121,9 +133,17 @@ def mean(values: Iterable[float]) -> float | None:
     return math.fsum(finite) / len(finite) if finite else None
 
 
+def _bytes_of(metrics: Path) -> bytes:
+    """Nothing of a file that may not be read: the others are to be listed all the same."""
+    try:
+        return metrics.read_bytes()
+    except OSError:
+        return b""
+
+
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

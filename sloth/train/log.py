@@ -43,8 +43,9 @@ SHOWN_CHARACTERS = 300
 class RunLog:
     """Writes a run's progress. Use as a context manager around the loop.
 
-    On resume, lines of metrics.jsonl after `first_step` (of a run that died later) are taken out.
-    metrics: None for a process that is to be silent.
+    On resume, lines of metrics.jsonl after `first_step` (of a run that died later) are taken out,
+    and the evaluation of that step where it is to be done again. metrics: None for a process that
+    is to be silent.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RunLog:
         num_steps: int,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
+        looks_again: bool = False,
     ) -> None:
         stdout: Any = QuietStream(sys.stdout)
         self.console = console or Console(file=stdout, soft_wrap=True, quiet=metrics is None)
@@ -61,7 +63,7 @@ class RunLog:
         self._redactor = Redactor()
         self.first_step, self.num_steps = first_step, num_steps
         self._every = max(1, num_steps // MAX_PLAIN_LINES)
-        self._metrics = metrics
+        self._metrics, self._looks_again = metrics, looks_again
         self._file: FileIO | None = None
         self._pending, self._is_behind = b"", False  # lines that the disk did not take yet
         self._progress: Progress | None = None
@@ -73,7 +75,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
         if self._metrics is not None:
-            kept_bytes = _bytes_until(self._metrics, self.first_step)
+            kept_bytes = _bytes_until(self._metrics, self.first_step, not self._looks_again)
             self._file = self._metrics.open("ab", buffering=0)
             self._file.truncate(kept_bytes)
         self._began = time.monotonic()
@@ -247,14 +249,18 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _bytes_until(metrics: Path, last_step: int) -> int:
-    """Length of the lines up to a step; a killed process may have cut the last one."""
+def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
+    """Length of the lines up to a step, with its evaluation or without; a killed process may have
+    cut the last one.
+    """
     if last_step == 0 or not metrics.is_file():
         return 0
     length = 0
     for line in metrics.read_bytes().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > last_step:
+            told = json.loads(line)
+            is_look = told["step"] == last_step and told.get("event") == "eval"
+            if told["step"] > last_step or (is_look and not with_look):
                 break
         except (ValueError, KeyError, TypeError):
             break

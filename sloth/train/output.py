@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,10 +18,12 @@ from sloth.train.checkpoint import (
 )
 from sloth.train.config import TrainConfig
 from sloth.train.history import FACTS
+from sloth.train.lock import locked
 from sloth.train.publish import refuse_foreign, refuse_replacing
 from sloth.train.ranks import Ranks
 
 RUNS = Path("runs")
+GLANCE_S = 0.1  # `sloth runs` has the lock for less, while it looks whether a run has it
 
 
 def choose_output(config: TrainConfig, model_name: str) -> tuple[Path, Path | None]:
@@ -67,7 +67,7 @@ def claimed(
         def claim() -> None:
             output, source = choose_output(config, model_name)
             output.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(output))
+            held.enter_context(_alone(output))
             remove_unfinished(output)
             chosen.extend((output, source))
 
@@ -77,26 +77,21 @@ def claimed(
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """A lock on the folder itself, which goes with the process; nothing where systems have none."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    folder = os.open(output, os.O_RDONLY)
-    try:
+def _alone(output: Path) -> Iterator[None]:
+    """With the folder's lock. Raises OutputExists while another process has it."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExists(
-                f"another process trains in {output}; choose another output, or wait for its end"
-            ) from error
-        except OSError:  # some network drives have no locks
-            pass
+            held.enter_context(locked(output))
+        except BlockingIOError:
+            time.sleep(GLANCE_S)
+            try:
+                held.enter_context(locked(output))
+            except BlockingIOError as error:
+                raise OutputExists(
+                    f"another process trains in {output}; choose another output, or wait for its "
+                    "end"
+                ) from error
         yield
-    finally:
-        os.close(folder)
 
 
 def _refuse_strangers(config: TrainConfig, source: Path | None, output: Path) -> None:

@@ -3,15 +3,18 @@
 A folder is written aside and takes its name by a rename. What stood there before is deleted only if
 a run of this folder wrote it and it still is as it was: published.json lists its files with their
 sizes, of the old folder and of the new one while they change places, so that a kill in between
-leaves both known. Anything else is somebody's, and stays.
+leaves both known, and the names of those that are in the making. Anything else is somebody's, and
+stays.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from sloth.errors import OutputExists, SaveFailed
 
 RECORD = "published.json"
 NAMES = ("adapter", "model")
-UNFINISHED = tuple(f"{name}.{stage}-*" for name in NAMES for stage in ("new", "old"))
+# In the record: folders that are written or put aside, by name.
+_UNFINISHED = "unfinished"
+_UNFINISHED_NAME = re.compile(rf"({'|'.join(NAMES)})\.(new|old)-\d+")
 
 Files = dict[str, int]
 
@@ -40,6 +45,13 @@ def publish_weights(model: Any, output: Path, holder: Path | None) -> dict[str, 
         raise SaveFailed(
             f"the trained weights could not be written to {output / name}: {error}; {there}"
         ) from error
+
+
+def remove_unfinished(output: Path) -> None:
+    """Delete what a run that was killed while it published left behind."""
+    for name in _record(output).get(_UNFINISHED, []):
+        if isinstance(name, str) and _UNFINISHED_NAME.fullmatch(name):
+            shutil.rmtree(output / name, ignore_errors=True)
 
 
 def refuse_foreign(output: Path) -> None:
@@ -69,25 +81,36 @@ def refuse_replacing(model_name: str, output: Path) -> None:
 
 
 def _publish(model: Any, output: Path, name: str) -> Path:
-    folder, pid = output / name, os.getpid()
-    fresh, aside = (output / f"{name}.{stage}-{pid}" for stage in ("new", "old"))
-    for leftover in (fresh, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = output / name
+    fresh, aside = _free_names(folder)
     save: Callable[[Path], Any] = model.save_adapter if name == "adapter" else model.save_merged
+    known = {key: held for key, held in _record(output).items() if key in NAMES}
+    in_work = {_UNFINISHED: [fresh.name, aside.name]}
     try:
+        _write_record(output, {**known, **in_work})
         save(fresh)
-        known = _record(output)
         now, before = _files(fresh), known.get(name, [])
         is_own = not _strange_files(folder, before)
-        _write_record(output, {**known, name: [now, *before]})
+        _write_record(output, {**known, **in_work, name: [now, *before]})
         if os.path.lexists(folder):
             os.rename(folder, aside if is_own else _free_name(folder))
         os.rename(fresh, folder)
+        shutil.rmtree(aside, ignore_errors=True)
         _write_record(output, {**known, name: [now]})
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _free_names(folder: Path) -> tuple[Path, Path]:
+    """Names beside a folder: for the new one while it is written, for the old one while they change
+    places.
+    """
+    for number in count(os.getpid()):
+        fresh, aside = (folder.with_name(f"{folder.name}.{one}-{number}") for one in ("new", "old"))
+        if not os.path.lexists(fresh) and not os.path.lexists(aside):
+            break
+    return fresh, aside
 
 
 def _strange_files(folder: Path, known: list[Files]) -> list[str]:
@@ -121,7 +144,7 @@ def _free_name(folder: Path) -> Path:
     )
 
 
-def _record(output: Path) -> dict[str, list[Files]]:
+def _record(output: Path) -> dict[str, Any]:
     try:
         told = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -129,7 +152,7 @@ def _record(output: Path) -> dict[str, list[Files]]:
     return told if isinstance(told, dict) else {}
 
 
-def _write_record(output: Path, record: dict[str, list[Files]]) -> None:
+def _write_record(output: Path, record: dict[str, Any]) -> None:
     partial = output / f"{RECORD}.tmp"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, output / RECORD)

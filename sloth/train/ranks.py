@@ -56,9 +56,22 @@ class Ranks:
 
     @classmethod
     def of_process(cls, device: torch.device) -> Ranks:
-        """Those that torchrun started, as its environment tells; alone without it."""
+        """Those that torchrun started, as its environment tells; alone without it.
+
+        Raises ValueError for an environment that tells but a part.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(device, int(os.environ["RANK"]), size) if size > 1 else cls(device)
+        if size == 1:
+            return cls(device)
+        told = ("RANK",) if dist.is_initialized() else ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in told if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"WORLD_SIZE={size} says that this is one of several processes, and "
+                f"{', '.join(missing)} not which one or where they meet; start them with "
+                "torchrun, or unset WORLD_SIZE"
+            )
+        return cls(device, int(os.environ["RANK"]), size)
 
     def meet(self) -> None:
         """Join the others. Raises RankFailed for one that does not come within MEETING_S."""

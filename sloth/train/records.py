@@ -64,8 +64,10 @@ class EvalRecord:
 class Progress:
     """What a checkpoint's state.json holds of the run so far.
 
+    rows_read: by all steps so far; None in a checkpoint of an older version.
     rows_per_pass: rows of one forward pass once memory ran out with batch_size of them; kept so
-    that a resumed run adds up in the same order.
+    that a resumed run adds up in the same order. is_look_due: whether the model is still to be
+    looked at after this step.
     """
 
     step: int = 0
@@ -74,7 +76,9 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     bad_in_a_row: int = 0
+    rows_read: int | None = 0
     rows_per_pass: int | None = None
+    is_look_due: bool = False
     losses: list[float] = field(default_factory=list)
     eval_losses: dict[str, float] = field(default_factory=dict)
 

@@ -15,9 +15,22 @@ import yaml
 from sloth.errors import AdapterMismatch
 from sloth.redact import Redactor
 from sloth.train.config import TrainConfig
+from sloth.train.full_memory import check_memory
 from sloth.train.optim import eight_bit_library
+from sloth.train.trackers import require_trackers
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def check_settings(model: Any, config: TrainConfig) -> None:
+    """Raise ValueError, AdapterMismatch or BudgetTooSmall for settings that cannot be honoured
+    here, whatever the data are.
+    """
+    check_model(model, config)
+    check_device(config, model.device)
+    check_memory(model, config)
+    require_trackers(config.trackers)
+    check_optimizer(config)
 
 
 def check_model(model: Any, config: TrainConfig) -> None:
@@ -82,10 +95,13 @@ def seeded(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def planned_within(model: Any, memory_gib: float, batch: int, seq: int) -> Iterator[None]:
-    """Inside, plans keep to this budget. Raises BudgetTooSmall where it does not hold one for this
-    shape, KernelUnavailable below the fused level, which plans nothing.
+def planned_within(model: Any, memory_gib: float | None, batch: int, seq: int) -> Iterator[None]:
+    """Inside, plans keep to this budget, if there is one. Raises BudgetTooSmall where it does not
+    hold one for this shape, KernelUnavailable below the fused level, which plans nothing.
     """
+    if memory_gib is None:
+        yield
+        return
     before = model.planner.memory_gib
     try:
         model.plan(batch=batch, seq=seq, memory_gib=memory_gib)

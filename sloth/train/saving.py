@@ -1,12 +1,14 @@
 """Saving that never costs the run: room is checked first, and a full disk is a warning.
 
-    before the run   free space must hold two checkpoints, or the run does not start
+    before the run   free space must hold what will be there at once, or the run does not start
     at each save     enough room?  -> write_checkpoint
                      no, or OSError on the way -> warn, keep the older ones, and try the weights
                      alone (a third of an AdamW checkpoint; a rescue, not a place to resume from)
     at the end       if the last save failed, `SaveFailed` after everything else is done
 
-The estimate before the run counts what will exist: the parameters and two moments of each.
+The estimate before the run counts what will exist: the parameters and two moments of each in a
+checkpoint, the checkpoints that are kept and the next one beside them, the results at the end. What
+a resumed run has there already is not needed twice.
 """
 
 from __future__ import annotations
@@ -45,15 +47,27 @@ class Saver:
         self.newest = newest
         self.failure: str | None = None
 
-    def require_room(self, checkpoint_bytes: int) -> None:
-        """Raise SaveFailed unless two checkpoints of that size fit: a new one is written before the
-        old one goes.
+    def require_room(
+        self, checkpoint_bytes: int, published_bytes: int, num_saves: int, keeps_best: bool
+    ) -> None:
+        """Raise SaveFailed unless the checkpoints to come and the results fit. A new checkpoint is
+        written before an old one goes. num_saves: still to come; without any, nothing is needed.
         """
-        needed, free = 2 * (checkpoint_bytes + EXTRAS_BYTES), self._free_bytes()
+        if not num_saves:
+            return
+        there = checkpoint.checkpoints(self.output)
+        there_bytes = sum(f.stat().st_size for one in there for f in one.rglob("*") if f.is_file())
+        each, num_all = checkpoint_bytes + EXTRAS_BYTES, len(there) + num_saves
+        num_kept = min(num_all, checkpoint.KEEP + keeps_best)
+        is_one_more = num_all > num_kept
+        most = num_kept * each + max(is_one_more * each, published_bytes)
+        needed, free = most - there_bytes, self._free_bytes()
         if free < needed:
             raise SaveFailed(
-                f"{self.output} has {_mib(free)} free, and two checkpoints of this run take "
-                f"{_mib(needed)}; free some space or choose another output"
+                f"{self.output} has {_mib(free)} free, and this run needs {_mib(needed)}: up to "
+                f"{num_kept + is_one_more} checkpoints of {_mib(each)} at once, of which "
+                f"{_mib(there_bytes)} are there, and {_mib(published_bytes)} of results; free some "
+                "space or choose another output"
             )
 
     def save(
@@ -86,6 +100,15 @@ class Saver:
         self.failure = None
         self._on_saved(step, self.newest)
         return self.newest
+
+    def save_look(self, step: int, progress: dict[str, Any]) -> None:
+        """What was seen of the model of a step, into its checkpoint if the disk took that."""
+        if self.newest is None or checkpoint.step_of(self.newest) != step:
+            return
+        try:
+            checkpoint.write_looked(self.newest, progress)
+        except OSError as error:
+            self.notice(f"WARNING: the evaluation of step {step} is not saved: {_why(error)}")
 
     def last_words(self) -> str:
         """What there is to go back to."""

@@ -6,6 +6,7 @@ whole, and put back whole.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -134,6 +135,12 @@ class TrainState:
         tensors = self.masters.by_name
         return num_bytes(tensors) + state_bytes(tensors, self.config)
 
+    def published_bytes(self) -> int:
+        """What the results will take: an adapter, or all weights as the network holds them."""
+        if self.model.has_adapter:
+            return num_bytes(self.masters.parameters)
+        return num_bytes(dict(self.model.network.named_parameters()))
+
     def save(self, saver: Saver) -> None:
         """A checkpoint of this moment, if the disk takes it."""
         state = {
@@ -154,17 +161,29 @@ class TrainState:
         step = self.progress.step
         self.ranks.first(saver.save, step, tensors, state, self._add_files, best)
 
+    def save_look(self, saver: Saver) -> None:
+        """What was seen of this moment's model, into its checkpoint."""
+        self.ranks.first(saver.save_look, self.progress.step, asdict(self.progress))
+
     def check_resume(self, source: Path) -> tuple[dict[str, Any], list[str]]:
         """A checkpoint's state, and the allowed changes in words. Raises ValueError for others."""
         state = checkpoint.read_state(source)
         before = Identity(**state["identity"])
+        if "rows_read" not in state["progress"]:  # of an older version
+            sizes = [
+                settings["batch_size"] * settings["grad_accum"]
+                for settings in (before.settings, self.identity.settings)
+            ]
+            read = state["progress"]["step"] * sizes[0]
+            state["progress"]["rows_read"] = read if sizes[0] != sizes[1] else None
         return state, refuse_changes(before, self.identity, source, self.config.allow_change)
 
-    def try_resume(self, source: Path) -> None:
-        """Raise what `resume` would, and change nothing."""
-        self.check_resume(source)
+    def try_resume(self, source: Path) -> Progress:
+        """Raise what `resume` would, and change nothing; how far the run was."""
+        state, _ = self.check_resume(source)
         stored = checkpoint.read_tensors(source, "trainable")
         checkpoint.check_parameters(self.masters.by_name, stored, source)
+        return Progress(**state["progress"])
 
     def resume(self, source: Path) -> list[str]:
         """Continue from a checkpoint; the allowed changes, in words.
@@ -173,12 +192,20 @@ class TrainState:
         """
         state, changed = self.check_resume(source)
         self._load_weights(source)
-        moments = checkpoint.read_tensors(source, "optimizer")
-        load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
-        generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
-        checkpoint.set_rng(generators, self.model.device)
+        was = Identity(**state["identity"])
+        if was.settings.get("optimizer", "adamw") == self.config.optimizer:
+            moments = checkpoint.read_tensors(source, "optimizer")
+            load_optimizer_tensors(self.optimizer, self.masters.by_name, moments)
+        else:
+            changed.append("the optimizer's moments, which begin anew")
         self.progress = Progress(**state["progress"])
-        before, now = Identity(**state["identity"]).eval_data, self.identity.eval_data
+        generators = self.ranks.pick(checkpoint.read_tensors(source, "rng"))
+        if generators:
+            checkpoint.set_rng(generators, self.model.device)
+        else:  # the run had fewer processes
+            place = f"{self.config.seed} {self.ranks.rank} {self.progress.step}"
+            torch.manual_seed(random.Random(f"sloth rank {place}").getrandbits(63))
+        before, now = was.eval_data, self.identity.eval_data
         if self.progress.eval_losses and None not in (before, now) and before != now:
             self.progress.eval_losses = {}
             changed.append("held-out rows, so the best loss and patience begin anew")

@@ -7,9 +7,9 @@ left out from then on: no curve on a web page is worth a training run.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ class TensorBoard(Callback):
 
 
 class Wandb(Callback):
-    """A run that a resumed training continues, as its id comes from the output folder."""
+    """A run that a resumed training continues, by the id that its folder keeps."""
 
     module = "wandb"
 
@@ -83,9 +83,9 @@ class Wandb(Callback):
         self._library = importlib.import_module(self.module)
         self._library.init(
             project=self._project,
-            name=Redactor().text(output.name),
             config=settings,
-            **self._continued(output),
+            resume="allow",
+            **self._named(output, _kept_id(output / f"{self.module}_run_id")),
         )
 
     def step(self, record: StepRecord) -> None:
@@ -98,18 +98,19 @@ class Wandb(Callback):
     def finish(self, error: BaseException | None) -> None:
         self._library.finish()
 
-    def _continued(self, output: Path) -> dict[str, Any]:
-        identity = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-        return {"id": identity, "resume": "allow", "dir": str(output)}
+    def _named(self, output: Path, identity: str) -> dict[str, Any]:
+        return {"name": Redactor().text(output.name), "id": identity, "dir": str(output)}
 
 
 class Trackio(Wandb):
-    """trackio speaks wandb's init, log and finish; a run is continued by its name."""
+    """trackio speaks wandb's init, log and finish; a run is continued by its name, so the id is in
+    that.
+    """
 
     module = "trackio"
 
-    def _continued(self, output: Path) -> dict[str, Any]:
-        return {"resume": "allow"}
+    def _named(self, output: Path, identity: str) -> dict[str, Any]:
+        return {"name": f"{Redactor().text(output.name)}-{identity[:8]}"}
 
 
 class MLflow(Callback):
@@ -140,6 +141,15 @@ class MLflow(Callback):
 
     def finish(self, error: BaseException | None) -> None:
         self._library.end_run("FINISHED" if error is None else "FAILED")
+
+
+def _kept_id(kept: Path) -> str:
+    """The id in this file; a new one the first time. Not made of the folder's path: another run may
+    have been there before.
+    """
+    if not kept.is_file():
+        kept.write_text(f"{secrets.token_hex(8)}\n", encoding="utf-8")
+    return kept.read_text(encoding="utf-8").strip()
 
 
 class Guarded(Callback):

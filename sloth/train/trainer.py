@@ -3,7 +3,7 @@ it.
 
     step:  loss = sum of CE over the trained tokens of all micro-batches / their number
            backward; gradient norm; skip the update if anything is not finite, else clip and update
-    then:  log; evaluate; save; leave if a signal asked for it
+    then:  log; save; leave if a signal asked for it; evaluate, which may save again
 
 Data order, learning rate and row split are pure functions of the step, and a checkpoint holds
 parameters, optimizer and generator states, so a resumed run continues with the same losses, bit by
@@ -13,12 +13,13 @@ bit on a CPU. The global generators are seeded for the run and put back afterwar
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,9 +32,8 @@ from sloth.train.accumulate import Accumulated, Accumulator
 from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
-from sloth.train.evaluate import best_step, has_stalled
+from sloth.train.evaluate import best_step, encode_prompts
 from sloth.train.facts import FILE_NAME, RunFacts, Training
-from sloth.train.full_memory import check_memory
 from sloth.train.held_out import HeldOut
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
@@ -44,19 +44,12 @@ from sloth.train.plot import plot_losses
 from sloth.train.publish import publish_weights
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress, StepRecord, TrainReport
-from sloth.train.run import (
-    check_device,
-    check_model,
-    check_optimizer,
-    planned_within,
-    seeded,
-    write_settings,
-)
+from sloth.train.run import check_settings, planned_within, seeded, write_settings
 from sloth.train.saving import Saver
-from sloth.train.schedule import learning_rate, num_warmup_steps
 from sloth.train.signals import StopRequest
 from sloth.train.state import Trainable, TrainState
-from sloth.train.trackers import build_trackers, require_trackers
+from sloth.train.timetable import Timetable
+from sloth.train.trackers import build_trackers
 
 __all__ = ["Trainable", "TrainReport", "Trainer"]
 
@@ -90,34 +83,23 @@ class Trainer:
     def _prepare(self, data: Source) -> None:
         """Check the settings, read the data, plan the steps."""
         config, model = self.config, self.model
-        check_model(model, config)
-        check_device(config, model.device)
-        check_memory(model, config)
-        require_trackers(config.trackers)
-        check_optimizer(config)
+        check_settings(model, config)
         self.objective = objective_of(model, config)
         tokenizer = model.tokenizer
         notice = say if self.ranks.is_first else None
         self.data, self.eval_data = load_both(config, data, tokenizer, notice)
         for held in filter(None, (self.data, self.eval_data)):
             require_vocabulary(held, model.network.config.vocab_size)
-        if config.eval_batch_size is not None and self.eval_data is None:
-            raise ValueError(
-                f"eval_batch_size={config.eval_batch_size} has no effect without held-out rows: "
-                "eval_data, val_set_size, or a valid split of the data"
-            )
-        self.plan = StepPlan.of(
-            self.data.num_rows,
-            config.batch_size,
-            config.grad_accum,
-            config.seed,
-            config.max_steps,
-            config.epochs,
-        )
-        self.warmup_steps = num_warmup_steps(
-            config.warmup_steps, config.warmup_ratio, self.plan.num_steps
-        )
+        self._plan_steps()
+        encode_prompts(tokenizer, config.sample_prompts)
         self._pad_id = tokenizer.pad_id or 0
+
+    def _plan_steps(self, *first: int) -> None:
+        """first: step and row to go on from."""
+        config = self.config
+        sizes = self.data.num_rows, config.batch_size, config.grad_accum, config.seed
+        self.plan = StepPlan.of(*sizes, config.max_steps, config.epochs, *first)
+        self.timetable = Timetable(config, self.plan.num_steps, self.eval_data is not None)
 
     def run(self) -> TrainReport:
         """Train, and write the adapter (or the model), metrics and curve under the output folder.
@@ -137,10 +119,10 @@ class Trainer:
             ):
                 self.state = self._new_state()
                 changed = self.ranks.together(lambda: self._resumed(source))
-                self.ranks.first(self._check_room, output)
+                self.ranks.first(self._check_room, output, self.progress)
                 with self._within_budget():  # the last that may refuse: from here on it writes
                     facts = self._train(output, source, changed)
-                self.model.training = self._training(facts)
+                self.model.training = Training.of(facts, self.progress)
                 return self._finish(output, source)
         finally:
             network.zero_grad(set_to_none=True)
@@ -153,9 +135,11 @@ class Trainer:
         with self.ranks, seeded(self.config, self.model.device):
             output, source = choose_output(self.config, self.model.name)
             self.state = self._new_state()
+            progress = Progress()
             if source is not None:
-                self.state.try_resume(source)
-            self._check_room(output)
+                progress = self.state.try_resume(source)
+                self._go_on(progress, source)
+            self._check_room(output, progress)
             with (
                 noisy_embeddings(self.model.network, self.config.neftune),
                 self._within_budget(),
@@ -164,10 +148,31 @@ class Trainer:
 
     def _resumed(self, source: Path | None) -> list[str]:
         """What is allowed to differ from the checkpoint that was put back, if there is one."""
-        return [] if source is None else self.state.resume(source)
+        if source is None:
+            return []
+        changed = self.state.resume(source)
+        self._go_on(self.progress, source)
+        return changed
 
-    def _check_room(self, output: Path) -> None:
-        Saver(output, say, lambda *rest: None).require_room(self.state.checkpoint_bytes())
+    def _go_on(self, progress: Progress, source: Path) -> None:
+        """Plan what is left. Raises ValueError for a run that went further than it now should."""
+        if progress.rows_read is not None:
+            self._plan_steps(progress.step, progress.rows_read)
+        if progress.step > self.plan.num_steps:
+            raise ValueError(
+                f"{source} is finished beyond these settings: it has done {progress.step} steps, "
+                f"and they end after {self.plan.num_steps}; raise max_steps or epochs, or start a "
+                "new run"
+            )
+
+    def _check_room(self, output: Path, progress: Progress) -> None:
+        state, timetable = self.state, self.timetable
+        Saver(output, say, lambda *rest: None).require_room(
+            state.checkpoint_bytes(),
+            state.published_bytes(),
+            timetable.num_saves(progress),
+            timetable.keeps_best,
+        )
 
     def _train(self, output: Path, source: Path | None, changed: Sequence[str]) -> RunFacts:
         """From the first file to the last step; what the run is about."""
@@ -190,20 +195,35 @@ class Trainer:
 
     def _within_budget(self) -> AbstractContextManager[None]:
         """Inside, plans keep to memory_gib; the budget holds a pass of one row at the least."""
-        memory_gib = self.config.memory_gib
-        if memory_gib is None:
-            return nullcontext()
-        return planned_within(self.model, memory_gib, *self.data.pass_shape(1))
+        return planned_within(self.model, self.config.memory_gib, *self.data.pass_shape(1))
 
     def _loop(self, log: RunLog, saver: Saver, stop: StopRequest) -> None:
         config, progress, masters = self.config, self.progress, self.state.masters
+        timetable = self.timetable
         accumulator, parameters = self._accumulator(log), masters.by_name.values()
         held_out = self._held_out()
+
+        def look(is_saved: bool) -> signal.Signals | None:
+            """See how good the model is, and keep it; the signal that came meanwhile, if any."""
+            improved = held_out.look(progress, log, accumulator, stop)
+            self._note_passes(accumulator)
+            stopping = stop.agreed(self.ranks)
+            if is_saved:
+                self.state.save_look(saver)
+            elif improved or stopping or timetable.is_finished(progress):
+                self.state.save(saver)
+            return stopping
+
         self.model.network.train()
         masters.drop_gradients()
-        while not self._is_finished():
+        progress.is_look_due = progress.is_look_due and timetable.is_look_due(progress.step)
+        if progress.is_look_due:  # the run that is resumed ended before it
+            is_own = saver.newest is not None and saver.newest.parent == saver.output
+            if stopping := look(is_own):
+                self._leave(stopping, log, saver)
+        while not timetable.is_finished(progress):
             began, step = time.monotonic(), progress.step
-            lr = self._learning_rate(step)
+            lr = timetable.learning_rate(step)
             added = accumulator.step(self.plan.rows(step))
             self.ranks.add_gradients(parameters)
             norm = gradient_norm(parameters)
@@ -218,17 +238,25 @@ class Trainer:
             self.ranks.first(log.step, record)
             if progress.bad_in_a_row >= config.max_bad_steps:
                 raise NonFiniteGradients(self._why_stopped(saver))
-            improved = self._is_eval_due() and held_out.look(progress, log, accumulator)
-            if accumulator.rows_per_pass < config.batch_size:
-                progress.rows_per_pass = accumulator.rows_per_pass
+            self._note_passes(accumulator)
+            progress.is_look_due = timetable.is_look_due(progress.step)
             stopping = stop.agreed(self.ranks)
-            is_due = stopping or self._is_finished() or _is_due(progress.step, config.save_steps)
-            if improved or is_due:
+            is_saved = stopping is not None or timetable.is_save_due(progress.step)
+            if is_saved:  # first: whatever happens while looking costs no step
                 self.state.save(saver)
-            if stopping:
-                said = f"stopped by {stopping.name} after step {progress.step}"
-                log.notice(f"{said}; {saver.last_words()}, continue with resume")
-                raise Interrupted(stopping, f"{said}; {saver.last_words()}")
+            if progress.is_look_due and stopping is None:
+                stopping = look(is_saved)
+            if stopping is not None:
+                self._leave(stopping, log, saver)
+
+    def _leave(self, stopping: signal.Signals, log: RunLog, saver: Saver) -> NoReturn:
+        said = f"stopped by {stopping.name} after step {self.progress.step}"
+        log.notice(f"{said}; {saver.last_words()}, continue with resume")
+        raise Interrupted(stopping, f"{said}; {saver.last_words()}")
+
+    def _note_passes(self, accumulator: Accumulator) -> None:
+        if accumulator.rows_per_pass < self.config.batch_size:
+            self.progress.rows_per_pass = accumulator.rows_per_pass
 
     def _update(self, norm: Tensor, lr: float) -> list[float]:
         """Move the weights along the gradients; no number to add up over ranks."""
@@ -255,29 +283,13 @@ class Trainer:
 
     def _new_log(self, output: Path) -> RunLog:
         metrics = output / "metrics.jsonl" if self.ranks.is_first else None
-        log = RunLog(metrics, self.progress.step, self.plan.num_steps)
+        step, num_steps = self.progress.step, self.plan.num_steps
+        log = RunLog(metrics, step, num_steps, looks_again=self.progress.is_look_due)
         if not self.ranks.is_first:
             return log
         trackers = build_trackers(self.config.trackers, self.config.project, log.notice)
         log.callbacks = [*self.callbacks, *trackers]
         return log
-
-    def _is_finished(self) -> bool:
-        progress = self.progress
-        return progress.step >= self.plan.num_steps or has_stalled(
-            progress.held_out, self.config.patience
-        )
-
-    def _is_eval_due(self) -> bool:
-        is_last = self.progress.step == self.plan.num_steps
-        wanted = self.eval_data is not None or bool(self.config.sample_prompts)
-        return wanted and (is_last or _is_due(self.progress.step, self.config.eval_steps))
-
-    def _learning_rate(self, step: int) -> float:
-        config = self.config
-        return learning_rate(
-            config.schedule, config.lr, step, self.plan.num_steps, self.warmup_steps
-        )
 
     def _accumulator(self, log: RunLog) -> Accumulator:
         batch_size = self.config.batch_size
@@ -315,6 +327,7 @@ class Trainer:
         is_good: bool,
     ) -> StepRecord:
         """Count a step into the progress."""
+        self.progress.rows_read = self.plan.rows_before(step + 1)
         self.progress.add(loss, added.num_tokens, added.num_trained, seconds, is_good)
         return StepRecord(
             step=step + 1,
@@ -338,17 +351,6 @@ class Trainer:
             f"the last one step {progress.step}, rows {self.plan.rows(progress.step - 1)}; "
             f"{saver.last_words()}. Weights were not updated in these steps. A lower lr, a "
             "warm-up, or a look at those rows may help"
-        )
-
-    def _training(self, facts: RunFacts) -> Training:
-        progress = self.progress
-        return Training(
-            facts,
-            progress.losses,
-            progress.held_out,
-            progress.tokens,
-            progress.trained_tokens,
-            progress.seconds,
         )
 
     def _publish(self, output: Path, paths: dict[str, Path]) -> None:
@@ -387,7 +389,3 @@ class Trainer:
             best_step=best_step(progress.held_out),
             stopped_early=progress.step < self.plan.num_steps,
         )
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -177,6 +177,14 @@ def test_command_trains_as_the_python_interface_does(loaded, tmp_path):
         ),
         (["export", "m", "--gguf-adapter", "d"], "error: --gguf-adapter needs --adapter"),
         (["export", "m", "--base", "d", "--gguf-quant", "f16"], "error: --gguf-quant says"),
+        (
+            ["train", "m", "d", "--learning-rate", "1"],
+            "error: unknown flag --learning-rate; did you mean --lr?",
+        ),
+        (
+            ["train", "m", "d", "--gradient_accumulation_steps=2"],
+            "error: unknown flag --gradient-accumulation-steps; did you mean --grad-accum?",
+        ),
         (["trian"], "error: unknown command 'trian'"),
     ],
 )

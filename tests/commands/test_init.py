@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sloth import cli
-from sloth.commands.axolotl import _LORA, _REASONS, _SAME, _SPECIAL, _VALUES, convert
+from sloth.commands.axolotl import _LORA, _SAME, _SPECIAL, _VALUES, convert
+from sloth.commands.axolotl_reasons import REASONS
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig, load_config
 
@@ -132,6 +133,15 @@ def test_no_key_gets_lost():
         assert key in named or given, key
 
 
+def test_a_reader_with_a_file_is_that_file():
+    found = convert({"datasets": [{"path": "json", "data_files": "x.jsonl", "type": "alpaca"}]})
+    assert found.arguments["DATA"] == "x.jsonl" and "datasets[0].data_files" not in found.left
+    found = convert({"test_datasets": [{"path": "csv", "data_files": ["v/held.csv"]}]})
+    assert found.settings["eval_data"] == "v/held.csv"
+    found = convert({"datasets": [{"path": "json", "data_files": ["a.json", "b.json"]}]})
+    assert "datasets[0].data_files" in found.left
+
+
 @pytest.mark.parametrize(
     ("file", "settings"),
     [
@@ -150,6 +160,10 @@ def test_no_key_gets_lost():
         ({"max_steps": 9}, {"max_steps": 9, "epochs": None}),
         ({"adapter": "lora", "lora_target_modules": ["q_proj"]}, {"lora": {"targets": ["q_proj"]}}),
         ({"lora_r": 4}, {"lora": None}),
+        ({"num_epochs": 2}, {"warmup_ratio": 0.03}),
+        ({"max_steps": 100}, {"warmup_steps": 3, "warmup_ratio": 0.0}),
+        ({"max_steps": 20_000}, {"warmup_steps": 100}),
+        ({"warmup_steps": 0}, {"warmup_steps": 0, "warmup_ratio": 0.0}),
         ({"excess_length_strategy": "raise"}, {"on_long": "error"}),
     ],
 )
@@ -161,7 +175,7 @@ def test_what_depends_on_other_keys(file, settings):
     assert set(file) <= {*found.left, *", ".join(found.origins.values()).split(", ")}
 
 
-KEYS = sorted({*_SAME, *_LORA, *_VALUES, *_SPECIAL, *_REASONS, "lora_target_linear", "unknown"})
+KEYS = sorted({*_SAME, *_LORA, *_VALUES, *_SPECIAL, *REASONS, "lora_target_linear", "unknown"})
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner),

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from sloth import cli
+from sloth.train.callbacks import Callback
 from sloth.train.history import RunHistory
 from sloth.train.plot import sparkline
 from sloth.train.trainer import Trainer
@@ -60,7 +61,41 @@ def test_runs_are_listed_with_steps_losses_and_status(folder, capsys):
     assert "died" not in capsys.readouterr().out
 
 
-def test_a_run_that_writes_is_running_and_a_cut_line_is_its_end(tmp_path):
+def test_a_run_is_running_for_as_long_as_it_has_its_lock(tmp_path):
+    """Not until its last line is old."""
+    seen, output = [], tmp_path / "run"
+
+    class Look(Callback):
+        def step(self, record):
+            seen.append(RunHistory.read(output).status(time.time() + HOUR))
+            if record.step == 2:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        Trainer(FakeModel(), ROWS, output=output, save_steps=1, callbacks=[Look()]).run()
+    assert seen == ["running", "running"]
+    (output / "step-mine").mkdir()
+    assert RunHistory.read(output).status(time.time()) == "stopped, resume from step-000001"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"event": "step", "step": 1, "loss": "low"}', '{"event": "step", "step": 1e999}', "[" * 9999],
+)
+def test_one_run_that_cannot_be_read_ends_no_listing(tmp_path, text, capsys):
+    for name, line in (("a", text), ("b", '{"event": "step", "step": 1, "loss": 2}'), ("c", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(f"{line}\n")
+        (tmp_path / name / "run.json").write_text('{"settings": [1]}')
+    (tmp_path / "d" / "metrics.jsonl").mkdir(parents=True)
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert names == ["a", "b", "c"]
+
+
+def test_a_run_that_writes_is_running_and_a_cut_line_is_its_end(tmp_path, monkeypatch):
+    """Where the system has no locks."""
+    monkeypatch.setattr("sloth.train.history.is_locked", lambda folder: None)
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"event": "step", "step": n, "loss": n / 2, "seconds": 50.0} for n in (1, 2)]

@@ -76,6 +76,7 @@ def ranks_of(output):
 def test_the_dry_run_shows_plan_memory_level_and_origins_and_leaves_nothing(place, capsys):
     (place / "run.yaml").write_text("batch_size: 2\nlora: {r: 4}\n")
     flags = ["--config", "run.yaml", "--max-steps", "3", "--output", "dry", "--dry-run"]
+    flags += ["--lora.dropout", "0.5"]
     assert cli.main(["train", "base", "rows.jsonl", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     for start_of_line in (
@@ -84,7 +85,7 @@ def test_the_dry_run_shows_plan_memory_level_and_origins_and_leaves_nothing(plac
         "data          11 rows (11 text): 11 examples",
     ):
         assert any(line.startswith(start_of_line) for line in lines), start_of_line
-    model = sloth.load("base").add_lora(r=4)
+    model = sloth.load("base").add_lora(r=4, dropout=0.5)
     longest = max(Trainer(model, "rows.jsonl").data.row_lengths())
     plan = model.plan(batch=2, seq=longest)
     assert str(plan) in "\n".join(lines) and f"2 x {longest} tokens" in str(plan)
@@ -94,6 +95,8 @@ def test_the_dry_run_shows_plan_memory_level_and_origins_and_leaves_nothing(plac
         ["max_steps", "3", "flag"],
         ["seed", "0", "default"],
         ["lora.r", "4", "run.yaml"],
+        ["lora.dropout", "0.5", "flag"],
+        ["lora.alpha", "16.0", "default"],
     ):
         assert setting in words, setting
     named = {line[0] for line in words if line}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
@@ -142,6 +145,33 @@ def test_an_entry_appears_whole_or_not_at_all(file, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load(file)
     assert not list(cache.default_folder().iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_of_processes_that_need_the_same_data_one_prepares_them(file):
+    """The ranks of a run all began at once, and did the same work beside one another."""
+    is_at_it, may_end = Event(), Event()
+
+    class Slow(Counting):
+        def encode_batch(self, texts):
+            is_at_it.set()
+            assert may_end.wait(20)
+            return super().encode_batch(texts)
+
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(load, file, Slow())
+        assert is_at_it.wait(20)
+        said = []
+
+        def notice(text):
+            said.append(text)
+            may_end.set()
+
+        found, is_new = load(file, notice=notice)
+        made, was_new = first.result()
+    assert (was_new, is_new) == (True, False) and found.fingerprint == made.fingerprint
+    assert "another process is preparing the same" in said[0] and "prepared examples" in said[1]
+    assert not list(cache.default_folder().glob("*.lock"))
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_done_without(file, tmp_path, monkeypatch):

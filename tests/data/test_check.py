@@ -13,12 +13,15 @@ from sloth.data.examples import Example, ExamplesWriter
 from sloth.errors import DataError
 from sloth.train.config import TrainConfig
 from sloth.train.trainer import Trainer
+from tests.commands.models import save_texts, save_tiny_model
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, None))
+    monkeypatch.setattr(
+        data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, None, 50)
+    )
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0]]))
     return file
@@ -37,6 +40,7 @@ def test_it_shows_format_lengths_counts_and_one_masked_row(file, capsys):
         "epoch takes       about",
         "lengths, in tokens:",
         "[+yo<|end|>+]",
+        "examples are longer than the 50 positions that the model is made for",
     ):
         assert line in said, line
 
@@ -122,11 +126,29 @@ def test_the_command_reads_a_real_models_tokenizer_and_size(tmp_path):
     from tests.assets import smollm2
 
     tokenizer, *sizes = data_command._read_model(str(smollm2()), None)
-    assert tokenizer.chat is not None and sizes == [134_515_008, 49_152]
+    assert tokenizer.chat is not None and sizes == [134_515_008, 49_152, 8192]
+
+
+def test_a_model_that_training_refuses_is_refused(tmp_path, capsys):
+    """Its config was left unread where it could not be, and the data were said to be fine."""
+    base = save_tiny_model(tmp_path / "base")
+    data = save_texts(tmp_path / "rows.jsonl")
+    config = json.loads((base / "config.json").read_text())
+    capsys.readouterr()
+    for wrong in ({"model_type": "other"}, {"hidden_act": "tanh"}):
+        (base / "config.json").write_text(json.dumps({**config, **wrong}))
+        said = []
+        for command in (["data", "check", str(data), "--model"], ["train"]):
+            rest = [] if command[0] == "data" else [str(data), "--device", "cpu"]
+            assert cli.main([*command, str(base), *rest]) == 2
+            said.append(capsys.readouterr().err)
+        assert said[0] == said[1] and next(iter(wrong.values())) in said[0]
 
 
 def test_tokens_that_the_model_has_no_row_for_are_refused(file, monkeypatch, capsys):
-    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, 100))
+    monkeypatch.setattr(
+        data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, 100, None)
+    )
     assert cli.main(["data", "check", str(file), "--model", "m"]) == 2
     assert "the model has rows for 100 tokens (vocab_size)" in capsys.readouterr().err
 

@@ -79,6 +79,22 @@ def test_two_ways_to_hold_rows_out_are_refused(tmp_path):
         TrainConfig(val_set_size=1.5)
 
 
+@pytest.mark.parametrize("kind", ["folder", "mapping"])
+def test_the_valid_split_of_the_data_serves_patience_and_the_best_weights(tmp_path, kind):
+    """What needs held-out rows is refused only where the data bring none, by the check as well."""
+    source = {"train": ROWS[:6], "valid": ROWS[6:]}
+    if kind == "folder":
+        for name, rows in source.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{name}.jsonl").write_text(lines)
+        source = tmp_path
+    settings = {"eval_steps": 1, "patience": 5, "load_best": True, "batch_size": 3}
+    report = Trainer(FakeModel(), source, output=tmp_path / "run", **settings).run()
+    assert list(report.eval_losses) == [1, 2] and report.paths["best"].is_dir()
+    with pytest.raises(ValueError, match="patience=5 has no effect without held-out rows"):
+        check_data(ROWS, FakeTokenizer(), TrainConfig(**settings))
+
+
 def test_the_run_evaluates_on_what_it_does_not_train_on(tmp_path):
     model = FakeModel()
     read, plain = {True: [], False: []}, model.loss

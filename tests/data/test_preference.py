@@ -227,7 +227,9 @@ def test_a_batch_holds_what_its_pairs_hold(padding_free):
 
 
 def test_data_check_shows_pairs_and_refuses_what_training_would(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, None))
+    monkeypatch.setattr(
+        data_command, "_read_model", lambda *rest: (FakeTokenizer(), 10**6, *2 * [None])
+    )
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*PAIRS, PAIRS[0]]))
     command = ["data", "check", str(file), "--model", "m"]

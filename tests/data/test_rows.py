@@ -72,8 +72,22 @@ def test_a_system_column_opens_the_conversation():
     for row in (
         {"conversations": SHAREGPT, "system": "be kind"},
         {**ALPACA, "system": "be kind"},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "system": "be kind"},
     ):
         assert read_row(row, "", True)[1].messages == [system, *MESSAGES]
+    row = {"prompt": "ask ", "completion": "yes", "system": "be kind"}
+    assert read_row(row, "", True)[1] == Completion("be kind\n\nask ", "yes")
+
+
+@pytest.mark.parametrize("field", ["system", "tools"])
+def test_what_a_text_has_no_place_for_is_refused(field):
+    """Left out, it would be missing from what is learned, and nobody would know."""
+    for row in ({"text": "a"}, {"prompt": "ask", "completion": "yes"}):
+        assert read_row({**row, "tools": "[]", "system": None}, "data[0]", True)
+        if "text" in row or field == "tools":
+            with pytest.raises(DataError, match=rf"data\[0\]: a row of .* no place for '{field}'"):
+                value = [{"name": "rain"}] if field == "tools" else "be kind"
+                read_row({**row, field: value}, "data[0]", True)
 
 
 def test_calls_and_parts_come_in_the_form_that_templates_read():
@@ -174,6 +188,27 @@ def test_columns_are_mapped_and_the_rest_is_left_out():
         load_data(rows, FakeTokenizer(), 99, columns={"prompt": "q", "completion": "b"})
     with pytest.raises(ValueError, match="unknown field in columns 'promt'; did you mean 'prompt'"):
         load_data(rows, FakeTokenizer(), 99, columns={"promt": "q"})
+
+
+def test_a_row_may_lack_an_optional_column_which_some_row_has():
+    rows = [{"q": "ask", "a": "yes"}, {"q": "ask", "a": "yes", "s": "be kind"}]
+    columns = {"prompt": "q", "completion": "a", "system": "s"}
+    data = load_data(rows, FakeTokenizer(), 99, columns=columns)
+    assert len(data.examples[1].tokens) == len(data.examples[0].tokens) + len("be kind\n\n")
+    with pytest.raises(DataError, match="no row has the column 'z'"):
+        load_data(rows, FakeTokenizer(), 99, columns={**columns, "system": "z"})
+
+
+def test_roles_are_read_in_any_case_and_strange_ones_are_counted_and_told():
+    """ "Assistant" was trained on nothing, and nobody was told."""
+    rows = [
+        {"messages": [{"role": "User", "content": "a"}, {"role": "ASSISTANT ", "content": "b"}]},
+        {"messages": [*MESSAGES, {"role": "Asistant", "content": "b", "name": None}]},
+    ]
+    data = load_data(rows, FakeTokenizer(), 99)
+    assert data.examples[0].num_trained and data.counts.unknown_roles == {"Asistant": 1}
+    (said,) = data.counts.warnings()
+    assert said.startswith("1 messages have roles that templates do not know, 'Asistant' (1)")
 
 
 def test_blank_answers_are_counted():

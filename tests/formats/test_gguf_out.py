@@ -185,6 +185,16 @@ def test_the_modelfile_names_the_file_and_every_stop(folder: Path, tmp_path: Pat
     assert {file.name for file in tmp_path.iterdir()} == {"tiny-q8_0.gguf", "Modelfile"}
 
 
+def test_a_second_quant_in_the_folder_has_a_modelfile_of_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder)
+    model.save_gguf(tmp_path / "a.gguf", "q8_0")
+    model.save_gguf(tmp_path / "b.gguf", "bf16")
+    for name, file in (("a", "Modelfile"), ("b", "b.Modelfile")):
+        assert (tmp_path / file).read_text().startswith(f"FROM ./{name}.gguf\n")
+
+
 def test_a_real_model_comes_back(tmp_path: Path) -> None:
     model = load(smollm2())
     again = load(model.save_gguf(tmp_path / "model.gguf", "bf16"))
@@ -196,13 +206,14 @@ def test_a_real_model_comes_back(tmp_path: Path) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "Modelfile"])
-def test_nothing_is_overwritten(name: str, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(errors.OutputExists, match=name):
+@pytest.mark.parametrize("names", [["model.gguf"], ["Modelfile", "model.Modelfile"]])
+def test_nothing_is_overwritten(names: list[str], folder: Path, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(errors.OutputExists, match=names[-1]):
         load(folder).save_gguf(tmp_path / "model.gguf")
-    assert [file.name for file in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
 def test_unknown_quantizations_and_endings_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -150,8 +150,9 @@ def test_no_new_tokens_and_empty_prompts(network):
     assert generate_text(network, LetterTokenizer(), ["abc"], 0, 0.0, []) == [""]
     with pytest.raises(ValueError, match="no tokens"):
         generate_text(network, LetterTokenizer(), [""], 4, 0.0, [])
-    with pytest.raises(ValueError, match="temperature"):
-        generate_text(network, LetterTokenizer(), ["a"], 4, -1.0, [])
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature"):
+            generate_text(network, LetterTokenizer(), ["a"], 4, temperature, [])
 
 
 def test_kinds_of_prompt():

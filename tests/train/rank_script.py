@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -37,6 +39,9 @@ PREFERENCES = {
 }
 
 
+# Rows of an evaluation pass: training's, or those that are given.
+LOOKS = {"looks as trained": {}, "looks as given": {"eval_batch_size": 3}}
+
 GRADIENTS = {"adapter gradients": LoraConfig(r=4), "full gradients": None}
 
 
@@ -49,6 +54,15 @@ class Small(FakeModel):
 
     def loss(self, tokens, *rest, **more):
         if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().loss(tokens, *rest, **more)
+
+
+class SmallWhenLooking(FakeModel):
+    """Has memory for one held-out row at a time."""
+
+    def loss(self, tokens, *rest, **more):
+        if len(tokens) > 1 and not self.network.training:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().loss(tokens, *rest, **more)
 
@@ -156,6 +170,19 @@ def main(folder: Path) -> None:
     tell("small died", run(callbacks=[DieIn(4)], **half, **SETTINGS))
     half["model"] = model()
     tell("small resumed", run(resume=True, **half, **SETTINGS))
+    if not rank:
+        os.environ["WORLD_SIZE"] = "1"
+        run(folder / "grown", callbacks=[DieIn(4)], **SETTINGS)
+        os.environ["WORLD_SIZE"] = "2"
+    dist.barrier()
+    settings = {**SETTINGS, "resume": True, "allow_change": ["ranks"]}
+    tell("grown", run(folder / "grown", **settings))
+    for name, rows in LOOKS.items():
+        model = SmallWhenLooking() if rank else FakeModel()
+        settings = {**NO_DROPOUT, "batch_size": 4, "eval_data": ROWS, "max_steps": 3, **rows}
+        with redirect_stdout(StringIO()) as said:
+            seen = run(folder / name, model=model, **settings)
+        tell(name, [seen, said.getvalue()])
     tell("signal", run(folder / "signal", [Signal()], **SETTINGS))
     for place in ("data", "step", "update", "save"):
         for failing in (0, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -50,8 +51,8 @@ def test_callback_hears_of_every_moment_in_order(tmp_path):
     assert noting.heard == [
         ("start", "run", 0.02),
         *(("step", 1), ("step", 2), ("step", 3), ("evaluation", 3, True), ("saved", 3)),
-        *(("step", 4), ("saved", 4), ("step", 5), ("step", 6), ("evaluation", 6, True)),
-        *(("saved", 6), ("finish", "NoneType")),
+        *(("step", 4), ("saved", 4), ("step", 5), ("step", 6), ("saved", 6)),
+        *(("evaluation", 6, True), ("finish", "NoneType")),
     ]
 
 
@@ -103,7 +104,7 @@ def test_wandb_and_trackio_get_config_metrics_and_an_end(monkeypatch, tmp_path, 
     calls = run_with(monkeypatch, tmp_path, name)
     ((_, started),) = named(calls, "init")
     assert started["project"] == "orders" and started["config"]["lr"] == 0.02
-    assert started["resume"] == "allow" and started["name"] == "run"
+    assert started["resume"] == "allow" and started["name"].startswith("run")
     logged = named(calls, "log")
     assert [kwargs["step"] for _, kwargs in logged] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert {"train/loss", "train/lr", "train/grad_norm"} <= logged[0][0][0].keys()
@@ -111,10 +112,17 @@ def test_wandb_and_trackio_get_config_metrics_and_an_end(monkeypatch, tmp_path, 
     assert calls[-1][0] == "finish"
 
 
-def test_wandb_continues_its_run_when_training_is_resumed(monkeypatch, tmp_path):
-    first = named(run_with(monkeypatch, tmp_path, "wandb"), "init")
-    again = named(run_with(monkeypatch, tmp_path, "wandb", resume=True), "init")
-    assert first[0][1]["id"] == again[0][1]["id"] and len(first[0][1]["id"]) == 16
+@pytest.mark.parametrize(("name", "told"), [("wandb", "id"), ("trackio", "name")])
+def test_wandb_and_trackio_continue_a_resumed_run_and_no_other(monkeypatch, tmp_path, name, told):
+    """Not the one that was in a folder of the same path before."""
+
+    def identity(**settings):
+        return named(run_with(monkeypatch, tmp_path, name, **settings), "init")[0][1][told]
+
+    first = identity()
+    assert identity(resume=True) == first and len(first) >= 12
+    shutil.rmtree(tmp_path / "run")
+    assert identity() != first
 
 
 def test_mlflow_gets_parameters_metrics_and_an_end(monkeypatch, tmp_path):

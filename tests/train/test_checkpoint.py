@@ -15,8 +15,9 @@ import torch
 
 from sloth.errors import CheckpointMismatch, NonFiniteGradients, SaveFailed
 from sloth.train import checkpoint, held_out, saving
-from tests.train.fakes import ROWS
-from tests.train.runs import ROOT, train
+from sloth.train.trainer import Trainer
+from tests.train.fakes import ROWS, FakeModel
+from tests.train.runs import ROOT, SETTINGS, train
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
@@ -106,7 +107,7 @@ def test_a_disk_that_fills_up_costs_no_step_and_a_later_save_succeeds(tmp_path):
 
 
 def test_weights_alone_are_rescued_when_only_they_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving.Saver, "require_room", lambda self, size: None)
+    monkeypatch.setattr(saving.Saver, "require_room", lambda *rest: None)
     write = checkpoint.write_tensors
 
     def full(file, tensors):
@@ -157,11 +158,39 @@ def free_space(monkeypatch, *values):
     monkeypatch.setattr(saving.shutil, "disk_usage", usage)
 
 
-def test_a_run_does_not_start_without_room_for_two_checkpoints(tmp_path, monkeypatch):
+def test_a_run_does_not_start_without_room_for_its_checkpoints(tmp_path, monkeypatch):
     free_space(monkeypatch, 5000)
-    with pytest.raises(SaveFailed, match="0.0 MiB free, and two checkpoints.*take 0.5 MiB"):
+    with pytest.raises(SaveFailed, match="0.0 MiB free, and this run needs 0.8 MiB: up to 3 check"):
         train(tmp_path / "run")
+    held_out = {"eval_data": ROWS[:3], "eval_steps": 1}
+    with pytest.raises(SaveFailed, match="up to 4 checkpoints of 0.3 MiB at once, of which 0.0"):
+        train(tmp_path / "run", **held_out)
+    for settings in ({"save_steps": None}, {"save_steps": 6}):
+        with pytest.raises(SaveFailed, match="this run needs 0.3 MiB: up to 1 checkpoints"):
+            train(tmp_path / "run", **settings)
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_killed_run_goes_on_where_it_would_have_finished(tmp_path, monkeypatch):
+    """Its checkpoints fill the disk but for the next one's room; at its end, they may wholly."""
+    output = tmp_path / "run"
+    train(output, stop_after=3)
+    mib = 2**20
+
+    def usage(path):
+        held = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+        return SimpleNamespace(free=int(0.8 * mib) - held)
+
+    def dry_run():
+        return Trainer(FakeModel(), ROWS, output=output, resume=True, **SETTINGS).dry_run()
+
+    padding = output / "step-000003" / "padding"  # what a tokenizer takes, say
+    padding.write_bytes(bytes(int(0.4 * mib)))
+    monkeypatch.setattr(saving.shutil, "disk_usage", usage)
+    dry_run()
+    assert len(train(output, resume=True)[1].losses) == 6
+    free_space(monkeypatch, 0)
+    dry_run()
 
 
 def test_room_is_looked_at_before_each_save(tmp_path, monkeypatch, capsys):

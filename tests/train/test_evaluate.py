@@ -13,19 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sloth
 from sloth.data.dataset import load_data
+from sloth.errors import DataError
 from sloth.infer.decode import GrowingStep
 from sloth.lora_config import LoraConfig
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train import evaluate, held_out
 from sloth.train.callbacks import Callback
-from sloth.train.checkpoint import read_tensors
+from sloth.train.checkpoint import is_good, read_state, read_tensors
 from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed
 from sloth.train.records import EvalRecord
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.oracles import save_tiny_llama
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
-from tests.train.runs import train, weights
+from tests.train.runs import Stopped, metrics, train, weights
 
 NAN = math.nan
 
@@ -111,6 +112,57 @@ def test_samples_are_greedy_answers_in_the_log(tmp_path, monkeypatch, capsys):
     text = FakeTokenizer().decode(ids[1], skip_special_tokens=False)
     assert text == "<s><|start|>user\nreally<|end|>\n<|start|>assistant\n"
     assert (num_tokens, stop_ids) == (7, (3, 1))
+
+
+def test_a_prompt_that_cannot_be_asked_is_refused_before_training():
+    def refusing(messages, for_generation):
+        if messages[0]["role"] != "system":
+            raise DataError("the chat template: a system message is needed")
+        return "".join(message["content"] for message in messages)
+
+    model = FakeModel()
+    model.tokenizer = FakeTokenizer(refusing)
+    with pytest.raises(ValueError, match=r"sample_prompts\[0\]='hi' .*a system message is needed"):
+        Trainer(model, [{"text": "abc"}], sample_prompts=["hi"])
+    model.tokenizer.chat, model.tokenizer.encode = (
+        None,
+        lambda text, *rest, **more: [*map(ord, text)],
+    )
+    with pytest.raises(ValueError, match=r"sample_prompts\[1\]='' .*no tokens"):
+        Trainer(model, [{"text": "abc"}], sample_prompts=["hi", ""])
+
+
+def test_a_sample_that_fails_is_a_warning_and_costs_no_loss(tmp_path, monkeypatch, capsys):
+    def broken(*rest):
+        raise ValueError("no such answer")
+
+    monkeypatch.setattr(evaluate, "generate_tokens", broken)
+    _, report = train(tmp_path / "run", sample_prompts=["hi"], eval_data=ROWS[:3])
+    assert len(report.losses) == 6 and list(report.eval_losses) == [6]
+    said = capsys.readouterr().out
+    assert "WARNING: samples are left out, ValueError: no such answer" in said
+
+
+def test_a_step_is_saved_before_the_model_is_looked_at(tmp_path, monkeypatch):
+    """Whatever ends the look: the steps are there, and a resumed run looks first, and once."""
+    settings = {"eval_data": ROWS[:4], "eval_steps": 2, "save_steps": 2}
+    _, straight = train(tmp_path / "straight", **settings)
+
+    def broken(*rest):
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(held_out, "summed", broken)
+        train(tmp_path / "run", **settings)
+    kept = tmp_path / "run" / "step-000002"
+    assert is_good(kept) and read_state(kept)["progress"]["eval_losses"] == {}
+    _, report = train(tmp_path / "other", resume=kept, **settings)
+    assert report.eval_losses == straight.eval_losses and len(list(kept.glob("looked*"))) == 0
+    _, report = train(tmp_path / "run", resume=True, **settings)
+    assert report.losses == straight.losses and report.eval_losses == straight.eval_losses
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    again = read_state(report.paths["checkpoint"])["progress"]["eval_losses"]
+    assert {int(step): loss for step, loss in again.items()} == straight.eval_losses
 
 
 # -- on a real model: what it holds ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -146,6 +147,38 @@ def test_a_resumed_run_replaces_what_it_wrote_and_keeps_what_was_changed_meanwhi
     assert contents(output / "adapter") == {"weights.txt": b"longer"}
     assert (output / "adapter.kept-1" / "notes.txt").read_text() == "mine"
     assert not list(output.glob("*.new-*")) and not list(output.glob("*.old-*"))
+
+
+def test_folders_called_like_those_of_a_run_are_somebodys(tmp_path):
+    output = tmp_path / "run"
+    train(output, stop_after=2)
+    pid = os.getpid()
+    names = ["adapter.old-mine", "model.new-notes", "weights-backup", "step-mine.tmp-1"]
+    names += ["step-000009.tmp-x", "adapter.old-1", f"adapter.old-{pid}", "weights-0000"]
+    for name in names:
+        (output / name).mkdir()
+        (output / name / "notes.txt").write_text("mine")
+    train(output, resume=True)
+    assert [n for n in names if not (output / n / "notes.txt").is_file()] == []
+
+
+def test_what_a_run_that_died_while_it_published_left_is_removed(tmp_path):
+    """Its folders are known by the record; a second try publishes."""
+    output = tmp_path / "run"
+    train(output)
+    model = FakeModel()
+    model.save_adapter = lambda folder: (folder.mkdir(), os._exit(9))
+    child = os.fork()
+    if not child:
+        try:
+            train(output, model=model, resume=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (output / f"adapter.new-{child}").is_dir()
+    _, report = train(output, resume=True)
+    assert report.paths["adapter"].is_dir() and not list(output.glob("adapter.*"))
+    assert json.loads((output / "published.json").read_text()).keys() == {"adapter"}
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path):

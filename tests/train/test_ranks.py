@@ -12,12 +12,13 @@ import time
 import pytest
 import torch
 
+from sloth import cli
 from sloth.lora_config import LoraConfig
 from sloth.train.ranks import Ranks
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.train.fakes import PAIRS, ROWS, FakeModel
-from tests.train.rank_script import GRADIENTS, PREFERENCES, gradients
+from tests.train.rank_script import GRADIENTS, LOOKS, PREFERENCES, gradients
 from tests.train.runs import ROOT, SETTINGS, train
 
 LONGEST_S = 60
@@ -123,6 +124,27 @@ def test_smaller_passes_of_one_rank_are_those_of_all_and_a_resume_keeps_them(tol
     assert told["small resumed"] == told["small"]
 
 
+def test_a_run_that_goes_on_in_more_processes_has_the_steps_of_before(told, tmp_path):
+    """One without generators in the checkpoint draws its own: other dropout, the same run."""
+    _, straight = train(tmp_path / "one")
+    (losses, *_), other = told["grown"]
+    assert losses == other[0] and losses[:3] == straight.losses[:3]
+    assert len(losses) == 6 and losses[3:] != straight.losses[3:]
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_rank_without_memory_to_look_sees_each_held_out_row_once(told, tmp_path, name):
+    """Rank 1 halves its passes, rank 0 keeps its own and says so."""
+    settings = {"batch_size": 4, "lora": LoraConfig(r=4), "eval_data": ROWS, "max_steps": 3}
+    _, report = train(tmp_path / "one", **settings)
+    (seen, said), (other, _) = told[name]
+    assert seen == other
+    expected = {str(step): loss for step, loss in report.eval_losses.items()}
+    torch.testing.assert_close(seen[1], expected, **tolerance.FP32_SAME_MATHS)
+    kind = "an evaluation pass" if LOOKS[name] else "a pass"
+    assert f"another process ran out of memory; going on with 1 rows in {kind}" in said
+
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):
     assert told["signal"] == [["Interrupted", 143], ["Interrupted", 143]]
 
@@ -166,6 +188,16 @@ def test_row_30_a_rank_that_fails_before_the_loop_ends_a_script(tmp_path, fails,
     assert first > 0 and second > 0, (out, err)
     assert f"RankFailed: {said}" in out and ("never came" in err or "DataError" in err)
     assert (tmp_path / "first" / "adapter").is_dir() == (fails == "again")
+
+
+def test_an_environment_that_tells_but_a_part_is_refused(monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 .*RANK, MASTER_ADDR, MASTER_PORT not which"):
+        Trainer(FakeModel(), ROWS)
+    assert cli.main(["train", "m", "d.jsonl", "--device", "cpu"]) == 2
+    assert "start them with torchrun, or unset WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_alone_nothing_is_exchanged():

@@ -153,7 +153,9 @@ def test_same_settings_give_the_same_run(tmp_path, monkeypatch):
     [
         ({"warmup_steps": 2, "warmup_ratio": 0.5}, "both say how long the warm-up is"),
         ({"eval_batch_size": 2}, "eval_batch_size=2 has no effect without held-out rows"),
-        ({"patience": 2}, "patience=2 has no effect without eval_data or val_set_size"),
+        ({"patience": 2, "eval_steps": 1}, "patience=2 has no effect without held-out rows"),
+        ({"load_best": True}, "load_best=True has no effect without held-out rows"),
+        ({"eval_steps": 2}, "eval_steps=2 has no effect .*valid split of the data, or sample_p"),
         ({"memory_gib": 1.0}, "memory_gib"),
     ],
 )

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sloth.kernels.ops import attention as module
 from sloth.kernels.ops.attention import (
-    Backend,
     attention,
     attention_reference,
-    choose_backend,
 )
+from sloth.kernels.ops.attention_backend import Backend, choose_backend
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
 from tests import tolerance
 from tests.kernels.common import (

@@ -12,8 +12,8 @@ from sloth.kernels.ops.attention import (
     AttentionLayout,
     attention,
     attention_reference,
-    choose_backend,
 )
+from sloth.kernels.ops.attention_backend import choose_backend
 from tests import tolerance
 from tests.kernels.common import assert_gradcheck, assert_kernel_accuracy, assert_same_as_reference
 from tests.kernels.test_attention import HEADS, LAYOUTS, LENGTHS, layouts, qkv

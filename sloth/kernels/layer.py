@@ -161,6 +161,16 @@ class FusedLayer:
         same = dtype == self.dtype and resident == self.resident
         return same and self._state == self._states()
 
+    def signature(self) -> tuple[Any, ...]:
+        """What else its passes depend on, which they read anew each time and a recording of them
+        does not: norms, which matrices are trained, dropout."""
+        norms = [
+            (id(norm.weight), norm.weight.data_ptr(), norm.eps, norm.offset)
+            for norm in (*self.norms, *(self.qk_norms or ()))
+        ]
+        trained = [m is not None and m.requires_grad for m in self.matrices]
+        return norms, trained, self.has_dropout
+
     def _states(self) -> list[tuple[Any, ...]]:
         return [_state(member) for member in self.members]
 

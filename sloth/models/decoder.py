@@ -160,7 +160,9 @@ class Decoder(OpModule):
         tokens = tokens.to(self.model.embed_tokens.weight.device)
         hidden = self.model.embed_tokens(tokens).to(self.device)
         contexts = self.contexts(hidden, positions, cache)
-        recorded = contexts[0].keep.recorded and positions is None  # a replay reads its own tables
+        # A replay reads tables of its own, and is one of the twins.
+        fused = self.run_block is not run_plain
+        recorded = fused and positions is None and contexts[0].keep.recorded
         run = self.recorder if recorded else self._run_layers
         return self.model.norm(run(hidden, contexts))
 

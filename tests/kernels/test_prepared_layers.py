@@ -43,6 +43,15 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], value, **tolerance.BIT_EXACT, msg=name)
 
 
+def memory_of_layers(model: sloth.Model) -> int:
+    """Bytes of what holds their parameters and stacks."""
+    layers = [x for variants in model.network.workspace._layers.values() for x in variants.values()]
+    tensors: list[Any] = [stack.scratch for layer in layers for stack in layer.stacks.values()]
+    tensors += model.network.model.layers.parameters()
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 @pytest.mark.parametrize("level", ["reference", "ops", "fused"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_inference_mode_first_does_not_stop_training(folder, quant, level):
@@ -54,23 +63,27 @@ def test_inference_mode_first_does_not_stop_training(folder, quant, level):
     assert len(gradients(model)) == 2 * 7 * len(model.network.specs)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_switched_adapter_prepares_nothing_anew(folder, quant, use_dora, monkeypatch):
-    model = load(folder, quant, use_dora=use_dora)
+def test_a_switched_adapter_prepares_nothing_anew(folder, quant, use_dora, targets, monkeypatch):
+    model = load(folder, quant, use_dora=use_dora, targets=targets)
     prepared: list[object] = []
     prepare = FusedLayer.__init__
     monkeypatch.setattr(
         FusedLayer, "__init__", lambda self, *a: (prepared.append(self), prepare(self, *a))[1]
     )
-    counts = []
+    counts, places = [], []
     for _ in range(3):
         prepared.clear()
         with torch.no_grad(), model.adapter_off():
             model.loss(TOKENS, TOKENS)
+        places.append(memory_of_layers(model))
         gradients(model)
+        places.append(memory_of_layers(model))
         counts.append(len(prepared))
     assert counts[1:] == [0, 0]
+    assert len(set(places)) == 1
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

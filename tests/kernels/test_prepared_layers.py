@@ -101,6 +101,18 @@ def test_a_reference_pass_before_the_backward_changes_no_gradient(folder, quant,
     assert base.level == "fused" and bare == base.loss(TOKENS, TOKENS)
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_switched_off_adapter_counts_as_zero_even_where_it_is_infinite(folder, quant):
+    model = load(folder, quant)
+    with torch.no_grad():
+        model.network.model.layers[0].self_attn.q_proj.lora_A.weight.fill_(torch.inf)
+        model.network.model.layers[1].mlp.up_proj.lora_B.weight.fill_(torch.nan)
+        with model.adapter_off():
+            bare = model.loss(TOKENS, TOKENS)
+    base = sloth.load(folder, quant=quant, device="cpu")
+    assert bare == base.loss(TOKENS, TOKENS)
+
+
 def test_layers_that_stay_unpacked_are_shared_by_both_states(folder):
     model = load(folder)
     network = model.network

@@ -124,6 +124,25 @@ def test_layers_that_stay_unpacked_are_shared_by_both_states(folder):
     assert network.workspace.num_bytes == held > 0
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "up_proj"]])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_gradients_keep_no_memory_but_their_own(folder, quant, targets):
+    model = load(folder, quant, targets=targets)
+    model.loss(TOKENS, TOKENS).backward()
+    grads = [p.grad for p in model.network.parameters() if p.grad is not None]
+    storages = [grad.untyped_storage() for grad in grads]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert held == sum(grad.nbytes for grad in grads)
+
+
+def test_an_input_of_no_adapter_is_not_copied(folder):
+    model = load(folder, targets=["q_proj"])
+    gradients(model)
+    (layer,) = model.network.workspace._layers[model.network.model.layers[0]].values()
+    x = torch.randn(4, layer.o.K)
+    assert layer.o.R == 0 and layer.o.taken_in(x)[0] is x
+
+
 def test_a_bias_written_in_place_is_seen(tmp_path):
     model = load(save_tiny("qwen2", tmp_path / "qwen2"))
     before = model.loss(TOKENS, TOKENS)

@@ -169,8 +169,9 @@ def _glu_lora_bwd_triton(
         BLOCK_F=_BLOCK_F,
         **_OPTIONS,
     )
-    dA, dB_gate, dB_up = sums.sum(0)
-    return GLUSums(dA[: ranks.down], dB_gate[: ranks.gate].T, dB_up[: ranks.up].T)
+    # Apart: dA goes on as a gradient, and a view would keep all three until that is dropped.
+    dA, (dB_gate, dB_up) = sums[:, 0, : ranks.down].sum(0), sums[:, 1:].sum(0)
+    return GLUSums(dA, dB_gate[: ranks.gate].T, dB_up[: ranks.up].T)
 
 
 def _glu_lora_bwd_apart(

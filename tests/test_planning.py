@@ -177,6 +177,14 @@ def test_plan_of_a_loaded_model(folder: Path) -> None:
         model.plan(batch=0, seq=40)
 
 
+def test_what_a_plan_set_is_forgotten_with_it(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    model.loss(TOKENS, TOKENS)
+    assert model.network.head_chunk_bytes is not None
+    model._planner.forget()
+    assert model.network.head_chunk_bytes is None
+
+
 def test_a_new_shape_is_planned_by_itself(folder: Path, monkeypatch: Any) -> None:
     model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
     shapes = []

@@ -109,7 +109,7 @@ class NetworkSizes:
             element=embedding.element_size(),
             weights=_stored_bytes(network) - embedding.nbytes,
             embedding=embedding.nbytes,
-            embedding_stays=_shares_embedding(network) or embedding.requires_grad,
+            embedding_stays=network.shares_embedding or embedding.requires_grad,
             quantized=any(not isinstance(m.base, Tensor) for m in projections),
             trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
             post_norms=len(wiring_of(network.model_type).norms) == 4,
@@ -128,14 +128,6 @@ def _rank(projection: Any) -> int:
     return len(projection.lora_A.weight) if projection.has_lora else 0
 
 
-def _shares_embedding(network: Any) -> bool:
-    """Whether the head computes from the embedding's memory."""
-    embedding, head = network.model.embed_tokens.weight, network.lm_head
-    if head is None or embedding.is_meta:
-        return network.tied
-    return head.weight.data_ptr() == embedding.data_ptr()
-
-
 def _head_gradient(network: Any) -> int:
     """The fp32 sum, one chunk's share of it (then the scaled sum), and a copy of W with the rows
     trained apart, or with B beside it."""
@@ -152,7 +144,9 @@ def _head_gradient(network: Any) -> int:
     return vocabulary * (hidden + rank) * (2 * wide + copies * weight.element_size())
 
 
-def _stored_bytes(network: nn.Module) -> int:
-    # By place: a tied head that an adapter stands on is a parameter of its own in the same memory.
-    tensors = {t.data_ptr() or id(t): t for t in (*network.parameters(), *network.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _stored_bytes(network: Any) -> int:
+    # A tied head that an adapter stands on is a parameter of its own in the embedding's memory.
+    head = network.lm_head
+    again = head.weight if head is not None and network.shares_embedding else None
+    stored = [t for t in (*network.parameters(), *network.buffers()) if t is not again]
+    return sum(t.nbytes for t in {t.data_ptr() or id(t): t for t in stored}.values())

@@ -44,6 +44,7 @@ SIZES_8B = NetworkSizes(
     embedding_stays=False,
     quantized=True,
     trainable=41_943_040,
+    mlp_rank=16,
 )
 
 

@@ -149,7 +149,7 @@ class StepMemory:
             rows * (s.qkv + self._turned_width + s.queries + self._copied_o)
             + rows * (s.hidden + q + o),
             rows * (kept + 2 * s.hidden + padded(s.hidden + g_in)),
-            rows * (kept + 2 * s.hidden + g + d)
+            rows * (kept + (2 + s.post_norms * keep.hidden) * s.hidden + g + d)
             + tile * (padded(s.hidden + g_in) + 2 * s.ffn + padded(s.ffn + d_in))
             + (tile * s.hidden if tile < rows or s.dora[3] else 0)
             + (rows * s.hidden if s.dora[3] else 0),
@@ -168,9 +168,9 @@ class StepMemory:
         # Products that are made again come with their X A^T, beside the one that was kept.
         remade = (not keep.qkv) * (s.qkv + q) + (not keep.attention) * s.queries
         remade_h = (not keep.hidden) * (s.hidden + o)
-        into_h = rows * padded(s.hidden + o)  # dh
-        if s.post_norms:
-            into_h += rows * 2 * s.hidden  # h, which is always made again, and its gradient apart
+        into_h = mlp_h = rows * padded(s.hidden + o)  # dh
+        if s.post_norms:  # its room comes apart, when h is gone, which is always made again
+            into_h, mlp_h = rows * s.hidden, rows * 2 * s.hidden
         to_h = rows * (remade + self._copied_o + s.hidden)
         mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g)
         # The MLP's input is made again where gate or up is, or, once the gradient of gate times up
@@ -183,7 +183,7 @@ class StepMemory:
         # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
         apart = s.dora[2] * (not keep.up) * 2 * s.ffn
         remade_h += s.dora[1] * s.hidden
-        mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + apart)
+        mlp = rows * (remade + remade_h) + mlp_h + tile * (mlp_tile + apart)
         # The gradient of gate times up; in 8 bits, or what is made again before it finds its place,
         # or the MLP's input's gradient beside the cast one of gate and up.
         mlp_works = [s.ffn * s.element + s.fp8 * s.hidden, n2_late + s.hidden * s.element]

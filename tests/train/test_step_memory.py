@@ -33,7 +33,7 @@ def assert_predicted(
     config = sloth.LoraConfig(**lora)
     sizes, measured = measure(monkeypatch, shape, keep, config, quantized=quantized)
     memory = StepMemory(sizes, 4, 2048)
-    assert memory.kept_bytes(keep) == measured.kept
+    assert memory.kept_bytes(keep) == pytest.approx(measured.kept, rel=allowed)
     assert memory.forward_bytes(keep) == pytest.approx(measured.forward, rel=allowed)
     predicted, backward = memory.backward_bytes(keep), measured.backward
     assert predicted <= backward * (1 + allowed)
@@ -48,10 +48,17 @@ def test_a_layer_holds_what_is_predicted(name, rank, monkeypatch):
     assert_predicted(monkeypatch, "llama-3.1-8b", KEEPS[name], r=rank)
 
 
-@pytest.mark.parametrize("name", ["P1", "P6", "P2, tiles"])
-@pytest.mark.parametrize("kind", ["norms on q and k", "dense", "no adapter on o", "small"])
+OTHERS = {
+    "norms on q and k": "qwen3-8b",
+    "norms behind the halves": "gemma-2-9b",
+    "small": "llama-3.2-1b",
+}
+
+
+@pytest.mark.parametrize("name", ["P1", "P3", "P6", "P2, tiles"])
+@pytest.mark.parametrize("kind", [*OTHERS, "dense", "no adapter on o"])
 def test_layers_of_other_kinds_do(kind, name, monkeypatch):
-    shape = {"norms on q and k": "qwen3-8b", "small": "llama-3.2-1b"}.get(kind, "llama-3.1-8b")
+    shape = OTHERS.get(kind, "llama-3.1-8b")
     lora = {"targets": ["q_proj", "up_proj"]} if kind == "no adapter on o" else {}
     assert_predicted(monkeypatch, shape, KEEPS[name], kind != "dense", **lora)
 

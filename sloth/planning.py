@@ -18,7 +18,7 @@ from sloth.kernels.context import POLICIES, Keep
 from sloth.machine import free_host_gib, processes_here
 from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
-from sloth.train.memory import Plan, device_budget_gib, make_plan
+from sloth.train.memory import Plan, device_budget_gib, make_plan, with_residents
 from sloth.train.network_sizes import GIB, NetworkSizes
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Planner:
         self._sizes, self._num_resident, self._embedding_on_host = None, None, False
         self._plans.clear()
         self._forward_tiles.clear()
+        self.network.head_chunk_bytes = None
         self.network.release()
 
     def keeps(self, batch: int, seq: int) -> Sequence[Keep]:
@@ -82,11 +83,16 @@ class Planner:
         self._settle(plan)
         return self._plans[batch, seq]
 
-    def _make(self, batch: int, seq: int) -> Plan:
+    @property
+    def sizes(self) -> NetworkSizes:
+        """Of the network, read when they are first asked for."""
         if self._sizes is None:
             self._sizes = NetworkSizes.of(self.network)
+        return self._sizes
+
+    def _make(self, batch: int, seq: int) -> Plan:
         locked = self.network.workspace.stash.pool.num_bytes
-        return make_plan(self._sizes, batch, seq, self._budget_gib(), host_share_gib(locked))
+        return make_plan(self.sizes, batch, seq, self._budget_gib(), host_share_gib(locked))
 
     def _budget_gib(self) -> float | None:
         if self.memory_gib is not None:
@@ -100,7 +106,7 @@ class Planner:
         if self._num_resident is None or wanted < self._num_resident:
             self._num_resident = wanted
         for shape, known in self._plans.items():
-            self._plans[shape] = known.with_residents(self._num_resident)
+            self._plans[shape] = with_residents(self.sizes, known, self._num_resident)
         self._embedding_on_host |= plan.embedding_on_host
         weight = self.network.model.embed_tokens.weight
         device = torch.device("cpu") if self._embedding_on_host else self.network.device
@@ -139,7 +145,7 @@ def host_share_gib(locked: int = 0) -> float | None:
 def too_small(plan: Plan) -> BudgetTooSmall:
     """The error for a plan that does not fit its budget."""
     return BudgetTooSmall(
-        f"{plan.batch} x {plan.seq} tokens need at least {plan.predicted_gib:.2f} GiB, the budget "
+        f"{plan.batch} x {plan.seq} tokens need at least {plan.needed_gib:.2f} GiB, the budget "
         f"is {plan.budget_gib:.2f} GiB. Fewer rows or shorter ones, a smaller LoRA rank, or "
         "quant='nf4' need less"
     )

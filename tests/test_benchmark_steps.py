@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
+import torch
 
 from benchmarks import run
 from benchmarks.report import disagreement, merge, render
-from tests.oracles import save_tiny
+from benchmarks.train import sloth_step
+from sloth.quant.bnb import bnb_quantization_config
+from tests.oracles import WHOLE_BLOCKS, save_tiny
 
 STEP = ["--dtype", "bf16", "--batch", "1", "--length", "24", "--steps", "1", "--rank", "4"]
 
@@ -52,3 +58,23 @@ def test_a_start_is_measured_from_both_kinds_of_files(tmp_path: Path) -> None:
     text = render(results)
     assert "## Start-up" in text and "failed: a/b" in text
     assert f"| tiny | 1x24 | bf16 | cold | {row['load_s']:.1f} |" in text
+
+
+def test_random_weights_are_computed_as_asked(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "base", **WHOLE_BLOCKS)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="dense weights"):
+        sloth_step.model_of(tmp_path, "auto")
+    config["quantization_config"] = bnb_quantization_config(torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    levels = {}
+    for variant in ("auto", "ops", "fp8", "dora"):
+        model = sloth_step.model_of(tmp_path, variant).add_lora()
+        levels[variant] = model.level, model.network.base_compute
+    assert levels == {
+        "auto": ("fused", None),
+        "ops": ("ops", None),
+        "fp8": ("fused", "fp8"),
+        "dora": ("fused", None),
+    }

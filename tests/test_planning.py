@@ -44,6 +44,7 @@ SIZES_8B = NetworkSizes(
     embedding_stays=False,
     quantized=True,
     trainable=41_943_040,
+    mlp_rank=16,
 )
 
 
@@ -175,6 +176,14 @@ def test_plan_of_a_loaded_model(folder: Path) -> None:
         model.plan(batch=2, seq=40, memory_gib=1e-4)
     with pytest.raises(ValueError, match="at least one row"):
         model.plan(batch=0, seq=40)
+
+
+def test_what_a_plan_set_is_forgotten_with_it(folder: Path) -> None:
+    model = sloth.load(folder, quant="nf4", device="cpu").add_lora()
+    model.loss(TOKENS, TOKENS)
+    assert model.network.head_chunk_bytes is not None
+    model._planner.forget()
+    assert model.network.head_chunk_bytes is None
 
 
 def test_a_new_shape_is_planned_by_itself(folder: Path, monkeypatch: Any) -> None:

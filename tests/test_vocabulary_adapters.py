@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import sloth
 from sloth import errors
-from sloth.lora import adapter_disabled
+from sloth.estimating import on_meta
+from sloth.lora import adapter_disabled, attach_lora
 from sloth.train.config import TrainConfig
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import kind_of, parameter_groups
@@ -189,6 +190,17 @@ def test_a_tied_head_without_training_of_its_own_costs_no_memory(folders):
     apart = sloth.load(folders["untied"], device="cpu").add_lora(**WAYS["low-rank both"])
     assert sizes.embedding_stays and not NetworkSizes.of(apart.network).embedding_stays
     assert NetworkSizes.of(apart.network).weights - sizes.weights == embedding.weight.nbytes
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_sizes_are_known_before_anything_is_loaded(folders, kind, way, quant):
+    config = sloth.LoraConfig(**({} if way is None else WAYS[way]))
+    model = sloth.load(folders[kind], quant=quant, device="cpu", dtype="float32").add_lora(config)
+    network, _ = on_meta(folders[kind], quant, torch.float32)
+    attach_lora(network, config)
+    assert NetworkSizes.of(network) == NetworkSizes.of(model.network)
 
 
 def test_switched_off_rows_and_low_rank_embedding_leave_the_base(folders):

@@ -185,3 +185,8 @@ E4M3_GRADIENT_COSINE = 0.99
 # Hopper adds up products of 8-bit floats with about 14 bits, and the result is rounded to bf16: RMS
 # error over the size of the result against the same numbers added up in fp32.
 FP8_SUMS = 2.0**-7
+
+# Of what a layer is predicted to hold while it works, relative: small tensors that are left out.
+STEP_MEMORY = 0.01
+# The same with DoRA, whose sums over rows are not followed one by one.
+STEP_MEMORY_DORA = 0.03

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sloth.formats.checkpoint import write_safetensors
+from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.ops.nf4 import NF4Weight, dynamic_map, nf4_code
 from sloth.linear import Linear, Projection
 from sloth.model import Model
@@ -56,10 +57,17 @@ def random_tensors(config: dict[str, Any], nf4: bool, device: str) -> Iterator[t
                 yield name, weight.cpu()
 
 
-def random_model(folder: Path, device: str) -> Model:
+def random_model(
+    folder: Path, device: str, level: str = "auto", base_compute: BaseCompute = None
+) -> Model:
     """A model of a folder's config.json with random weights made on the device: NF4 codes all
-    equally likely, with the scale that gives N(0, 1/sqrt(in)) its width; the rest in bf16."""
+    equally likely, with the scale that gives N(0, 1/sqrt(in)) its width; the rest in bf16.
+
+    level, base_compute: as for `sloth.load`. Raises ValueError for a config of dense weights.
+    """
     config = json.loads((folder / "config.json").read_text())
+    if "quantization_config" not in config:
+        raise ValueError(f"{folder} is of dense weights; random ones are made in 4 bits only")
     config_class, decoder = ARCHITECTURES[config["model_type"]]
     with torch.device(device):
         network = decoder(config_class.from_hf(config), _in_4_bits).bfloat16()
@@ -70,7 +78,14 @@ def random_model(folder: Path, device: str) -> Model:
                 module.weight.data.fill_(_neutral(module))
             elif path.endswith(("embed_tokens", "lm_head")):
                 module.weight.data.normal_(0, module.weight.shape[1] ** -0.5)
-    return Model(network, config, None, name=folder.name, is_quantized=True, frozen_base=True)
+    return Model(
+        *(network, config, None),
+        name=folder.name,
+        is_quantized=True,
+        frozen_base=True,
+        requested_level=level,
+        base_compute=base_compute,
+    )
 
 
 def _in_4_bits(path: str, inputs: int, outputs: int, bias: bool) -> Projection:

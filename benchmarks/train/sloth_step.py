@@ -3,11 +3,12 @@
 --variant is a kernel level (auto, fused, ops, reference), fp8: base_compute="fp8", or dora: the
 adapter scales rows to trained lengths as well. --memory-gib caps what the process may allocate, and
 is handed to the planner, which then decides what the backward keeps; without it the planner takes
-what is free. A folder with config.json alone stands for random weights made on the device.
+what is free. A folder with config.json alone stands for random 4-bit weights made on the device.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +20,19 @@ from benchmarks.data import Batch
 from tools.random_checkpoint import random_model
 
 
+def model_of(folder: Path, variant: str) -> Any:
+    """The base of a folder, computed as a variant says."""
+    special: dict[str, dict[str, Any]] = {"fp8": {"base_compute": "fp8"}, "dora": {}}
+    how = special.get(variant, {"level": variant})
+    if list(folder.glob("*.safetensors")):
+        return sloth.load(folder, dtype=torch.bfloat16, **how)
+    return random_model(folder, DEVICE.type, **how)
+
+
 def main() -> None:
     args = arguments(__doc__ or "", ("auto", "fused", "ops", "reference", "fp8", "dora"))
     clock = Clock()
-    if list(args.folder.glob("*.safetensors")):
-        special: dict[str, dict[str, Any]] = {"fp8": {"base_compute": "fp8"}, "dora": {}}
-        how = special.get(args.variant, {"level": args.variant})
-        model: Any = sloth.load(args.folder, dtype=torch.bfloat16, **how)
-    else:
-        model = random_model(args.folder, DEVICE.type)
+    model = model_of(args.folder, args.variant)
     use_dora = args.variant == "dora"
     model.add_lora(sloth.LoraConfig(r=args.rank, alpha=ALPHA, use_dora=use_dora))
     setting = f"level {model.level}"

@@ -84,5 +84,6 @@ def compile_ahead(
     with launches_held(ahead), torch.random.fork_rng([hidden.device]):
         own = hidden.detach().requires_grad_()
         out = twin(block, own, context, workspace)
-        torch.autograd.grad(out, [own, *wanted], torch.zeros_like(out), allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):  # held here, nowhere else
+            torch.autograd.grad(out, [own, *wanted], torch.zeros_like(out), allow_unused=True)
     return ahead.wait()

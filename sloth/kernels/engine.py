@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -43,7 +44,15 @@ _forced: Engine | None = None
 
 # (kernel, positional arguments, keyword arguments) of a launch that is not to happen.
 Held = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-_held: Held | None = None
+
+
+class _Holding(threading.local):
+    """Who is told of this thread's launches in their place: None, they happen."""
+
+    held: Held | None = None
+
+
+_holding = _Holding()
 # What varies from batch to batch and changes no code: no kernel is compiled anew for it.
 _VARYING = ("num_rows", "num_tokens")
 
@@ -68,8 +77,9 @@ if HAS_TRITON:
 
         def __getitem__(self, grid: Any) -> Callable[..., object]:
             def launch(*args: Any, **keywords: Any) -> object:
-                if _held is not None:
-                    return _held(self, args, keywords)
+                held = _holding.held
+                if held is not None:
+                    return held(self, args, keywords)
                 return self.run(*args, grid=grid, warmup=False, **keywords)
 
             return launch
@@ -77,13 +87,16 @@ if HAS_TRITON:
 
 @contextmanager
 def launches_held(held: Held) -> Iterator[None]:
-    """Inside, no kernel of ours is launched, in any thread: `held` is told of it instead."""
-    global _held
-    before, _held = _held, held
+    """Inside, this thread launches no kernel of ours: `held` is told of it instead.
+
+    Other threads, who may run a model of their own, launch theirs. So does autograd's, unless its
+    backward is made in this one (`torch.autograd.set_multithreading_enabled`).
+    """
+    before, _holding.held = _holding.held, held
     try:
         yield
     finally:
-        _held = before
+        _holding.held = before
 
 
 def engine_for(x: Tensor) -> Engine:

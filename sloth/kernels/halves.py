@@ -156,6 +156,7 @@ def mlp(
     glu_fwd(gate, up, layer.wiring.activation, out=product[:, :ffn])
     y, low = layer.down.forward(product, saved.masks_of("down", rows), add=add)
     saved.put_low("down", low, rows)
+    del product
     if keep.up:
         saved.gate, saved.up = gate, up
     elif keep.gate:

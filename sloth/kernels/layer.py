@@ -69,7 +69,8 @@ class FusedLayer:
     at every step, and products of 8-bit floats refuse it (KernelUnavailable).
     stacks: by name. norms: modules with weight, eps and offset. matrices: A, B and magnitudes of
     every projection in stack order, None without one or while the adapter is switched off. like:
-    the same block with the adapter switched otherwise, whose matrices it shares.
+    the same block with the adapter switched otherwise, whose stacks it shares, but for those with
+    gains, which have those of their own last forward.
     """
 
     def __init__(
@@ -99,15 +100,12 @@ class FusedLayer:
             raise KernelUnavailable(
                 f"a layer with base_compute={self.base_compute!r} keeps nothing unpacked"
             )
-        if like is not None and like.is_dora:
-            like = None  # a stack with gains has those of its own last forward
         for name, paths in GROUPS.items():
-            members = [modules[path] for path in paths]
-            self.stacks[name] = (
-                _prepare_stack(name, members, dtype, None if resident else workspace)
-                if like is None
-                else like.stacks[name]
-            )
+            known = None if like is None else like.stacks[name]
+            if known is None or known.is_dora:
+                members = [modules[path] for path in paths]
+                known = _prepare_stack(name, members, dtype, None if resident else workspace)
+            self.stacks[name] = known
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
         every = list(self.stacks.values())
@@ -160,6 +158,16 @@ class FusedLayer:
         """Whether nothing it was prepared from has been replaced since."""
         same = dtype == self.dtype and resident == self.resident
         return same and self._state == self._states()
+
+    def signature(self) -> tuple[Any, ...]:
+        """What else its passes depend on, which they read anew each time and a recording of them
+        does not: norms, which matrices are trained, dropout."""
+        norms = [
+            (id(norm.weight), norm.weight.data_ptr(), norm.eps, norm.offset)
+            for norm in (*self.norms, *(self.qk_norms or ()))
+        ]
+        trained = [m is not None and m.requires_grad for m in self.matrices]
+        return norms, trained, self.has_dropout
 
     def _states(self) -> list[tuple[Any, ...]]:
         return [_state(member) for member in self.members]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -73,21 +74,40 @@ Allocate = Callable[[int], tuple[Tensor, Callable[[], None]]]
 
 
 def locked_memory(num_bytes: int) -> tuple[Tensor, Callable[[], None]]:
-    """Host memory registered with the CUDA driver, and what ends that. Raises MemoryError."""
-    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    """Host memory registered with the CUDA driver, and what ends that.
+
+    Raises torch.OutOfMemoryError where the system has none left, or locks no more of it: fewer rows
+    need less of it, as they do of the device's.
+    """
+    try:
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise _none_left(num_bytes, "has", str(error)) from error
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
     status = runtime.cudaHostRegister(address, num_bytes, 0)
     if int(status) != 0:
-        raise MemoryError(
-            f"the system locks no further {num_bytes / 2**30:.2f} GiB of host memory "
-            f"({status}); plan with a smaller share of it, or for shorter rows"
-        )
+        _clear_error()
+        raise _none_left(num_bytes, "locks", str(status))
 
     def unlock() -> None:
         torch.cuda.synchronize()  # copies that nobody waits for any more
         torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
 
     return memory, unlock
+
+
+def _none_left(num_bytes: int, verb: str, why: str) -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(
+        f"the system {verb} no further {num_bytes / 2**30:.2f} GiB of host memory for what layers "
+        f"keep there ({why}). Fewer or shorter rows in a pass need less of it"
+    )
+
+
+def _clear_error() -> None:
+    """The driver keeps the error of a failed call for whoever asks next, which is a launch that
+    has nothing to do with it: let it be this one."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda").add_(1)
 
 
 class PinnedPool:
@@ -103,7 +123,7 @@ class PinnedPool:
         return sum(len(arena.memory) for arena in self._arenas)
 
     def take(self, size: int) -> Piece:
-        """A piece of at least `size` bytes. Raises MemoryError."""
+        """A piece of at least `size` bytes. Raises torch.OutOfMemoryError."""
         arena = self._with_free_piece(size) or self._cut_anew(size)
         if arena is None:
             self.clear()

@@ -7,8 +7,10 @@ once and then replayed, each pass by one call (`Plan.recorded` says where that p
 What a replay reads and writes stays where it was when recorded: the input, the tables, what is
 kept for the backward, the gradients. So a recording serves one forward at a time. A second one
 before the first one's backward runs unrecorded, as does whatever is not the recorded shape;
-gradients leave as copies of their own. A recording ends when the shape changes or anything it read
-is replaced. Making one stops the device, so shapes that take turns are recorded ever more rarely.
+gradients leave as copies of their own. While an adapter is switched otherwise than when it was
+recorded, as for the reference passes of a preference loss, a recording waits. It ends when the
+shape changes or anything it read is replaced. Making one stops the device, so whatever ends them
+again and again, shapes that take turns or matrices frozen in turn, makes them ever more rare.
 
 Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
 """
@@ -27,7 +29,7 @@ from sloth.kernels.context import BlockContext, Keep
 from sloth.kernels.layer import FusedLayer, Workspace
 
 # Passes of one shape in a row before it is recorded: the first ones compile kernels. Doubled each
-# time, after the first, that a recording gave way to another shape.
+# time, after the first, that a recording came to its end.
 _TRIES = 2
 
 # Hidden states [B, T, D] through every layer.
@@ -123,22 +125,21 @@ class Recorder:
             self.forget()
             return self._run(hidden, contexts)
         shape = hidden.shape, hidden.dtype, hidden.requires_grad
-        if shape != self._shape:
+        outdated = self._recording is not None and not self._recording.is_current(
+            hidden.dtype, contexts
+        )
+        if shape != self._shape or outdated:
             self.forget()
             self._shape = shape
-        recording = self._recording
-        if recording is not None and not recording.is_current(hidden.dtype, contexts):
-            recording = self._recording = None
-        if recording is None:
+        if self._recording is None:
             self._tries += 1
             layers = self._workspace.prepared(self._blocks)
             needed = _TRIES * 2 ** max(self._given_way - 1, 0)
-            if self._tries <= needed or layers is None or not all(map(_recordable, layers)):
+            if self._tries <= needed or layers is None or not _recordable(layers):
                 return self._run(hidden, contexts)
-            recording = self._recording = _Recording(
-                self._run, layers, hidden, contexts, self._record
-            )
-        if recording.is_busy:
+            self._recording = _Recording(self._run, layers, hidden, contexts, self._record)
+        recording = self._recording
+        if recording.is_busy or not recording.is_switched_as_recorded:
             return self._run(hidden, contexts)
         return RecordedLayers.apply(hidden, recording, *recording.matrices)
 
@@ -156,10 +157,8 @@ class _Recording:
     ) -> None:
         self._layers = layers
         self._keeps = [context.keep for context in contexts]
-        self._flags = _flags(layers)
-        self.matrices = [
-            m for layer in layers for m in layer.matrices if m is not None and m.requires_grad
-        ]
+        self._signatures = [layer.signature() for layer in layers]
+        self.matrices = _trained(layers)
         # Recorded on aliases: where autograd adds up gradients of the matrices themselves belongs
         # to the stream of an earlier pass, which must not wait for one that is recorded.
         aliases = {id(m): m.detach().requires_grad_() for m in self.matrices}
@@ -178,12 +177,17 @@ class _Recording:
         self._call: Callable[[], _Call | None] = lambda: None
 
     def is_current(self, dtype: torch.dtype, contexts: Sequence[BlockContext]) -> bool:
-        """Whether a replay would still do what the layers do."""
+        """Whether a replay would still do what the layers do, their adapters switched as then."""
         if self._keeps != [context.keep for context in contexts]:
             return False
         pairs = zip(self._layers, self._keeps, strict=True)
         same = all(layer.is_current(dtype, keep.resident) for layer, keep in pairs)
-        return same and self._flags == _flags(self._layers)
+        return same and self._signatures == [layer.signature() for layer in self._layers]
+
+    @property
+    def is_switched_as_recorded(self) -> bool:
+        """Whether the same adapters are on."""
+        return all(layer.switches == layer.switches_now() for layer in self._layers)
 
     @property
     def is_busy(self) -> bool:
@@ -227,11 +231,12 @@ def _repeats(context: BlockContext) -> bool:
     return keep.recorded and context.cache is None and context.layout.query_documents is None
 
 
-def _recordable(layer: FusedLayer) -> bool:
-    return not layer.is_dora and not layer.has_dropout
+def _recordable(layers: list[FusedLayer]) -> bool:
+    """Whether passes of the layers repeat, and something in them is trained: else there is no
+    backward to record."""
+    repeat = not any(layer.is_dora or layer.has_dropout for layer in layers)
+    return repeat and bool(_trained(layers))
 
 
-def _flags(layers: list[FusedLayer]) -> list[bool]:
-    """What of the matrices `FusedLayer.is_current` does not see: which are trained, and dropout."""
-    trained = [m is not None and m.requires_grad for layer in layers for m in layer.matrices]
-    return [layer.has_dropout for layer in layers] + trained
+def _trained(layers: list[FusedLayer]) -> list[Tensor]:
+    return [m for layer in layers for m in layer.matrices if m is not None and m.requires_grad]

@@ -221,6 +221,9 @@ class LoraStack:
                 assert x is not None
                 rows = (x.wide if isinstance(x, Normed) else x)[:, : self.K]
                 dA = sum_over_rows(v, rows, dtype) if masks is None else None
+            if dA is not None and len(dA) > self.num_ranks:
+                # A gradient that is a view keeps all of the padding until it is dropped.
+                dA = dA[: self.num_ranks].clone()
         if any_dB and dBs is None:
             dtype = _dtype_of([lora.B for lora in loras if lora])
             if self._apart:
@@ -315,10 +318,13 @@ class Stack(LoraStack):
         return wide_rows(num_rows, self.K + self.R, self.scratch)
 
     def taken_in(self, x: Tensor, masks: Masks = None) -> tuple[Tensor, Tensor | None]:
-        """A copy with room behind it; U on the way, unless members drop inputs of their own."""
+        """A copy with room behind it, x itself where no rank asks for any; U on the way, unless
+        members drop inputs of their own."""
+        if not self.R:
+            return x, None
         wide = self.new_input(len(x))
         place = wide[:, : self.K]
-        if self.R and masks is None:
+        if masks is None:
             return wide, copy_low(x, self.A, self.num_ranks, place)
         place.copy_(x)
         return wide, None
@@ -359,7 +365,8 @@ def _dtype_of(matrices: list[Tensor]) -> torch.dtype:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """x weight^T + bias + add, into `out` if given."""
+    """x weight^T + bias + add, into `out` if given; then there is nothing to add."""
+    assert add is None or out is None
     if bias is not None:
         y = (
             torch.addmm(bias, x, weight.T)

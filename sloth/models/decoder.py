@@ -88,6 +88,7 @@ class Decoder(OpModule):
         self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
         self.run_block: RunBlock = run_plain
         self.planner: Planner | None = None
+        self._head_is_shared = False
         self._use(Workspace())
 
     def _use(self, workspace: Workspace) -> None:
@@ -109,6 +110,15 @@ class Decoder(OpModule):
         """Whether the head uses the embedding matrix."""
         return self.lm_head is None
 
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether the head computes from the embedding's memory; known on the meta device, too."""
+        if self.lm_head is None:
+            return True
+        head: Any = self.lm_head.base
+        same = head.is_meta or head.data_ptr() == self.model.embed_tokens.weight.data_ptr()
+        return self._head_is_shared and same
+
     def untie(self, share: bool = False) -> None:
         """Give the head a matrix of its own, equal to the embedding's; for training one apart.
 
@@ -124,7 +134,7 @@ class Decoder(OpModule):
         head.weight = nn.Parameter(values, requires_grad=weight.requires_grad)
         head.ops = self.ops
         head.train(self.training)
-        self.lm_head = head
+        self.lm_head, self._head_is_shared = head, share
 
     def set_level(self, level: Level) -> None:
         """Run at a kernel level: op table for every module, fused twin in the block loop."""
@@ -160,7 +170,9 @@ class Decoder(OpModule):
         tokens = tokens.to(self.model.embed_tokens.weight.device)
         hidden = self.model.embed_tokens(tokens).to(self.device)
         contexts = self.contexts(hidden, positions, cache)
-        recorded = contexts[0].keep.recorded and positions is None  # a replay reads its own tables
+        # A replay reads tables of its own, and is one of the twins.
+        fused = self.run_block is not run_plain
+        recorded = fused and positions is None and contexts[0].keep.recorded
         run = self.recorder if recorded else self._run_layers
         return self.model.norm(run(hidden, contexts))
 

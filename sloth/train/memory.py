@@ -58,6 +58,8 @@ class Plan:
     wants. predicted_gib: peak the allocator hands out in a step.
     budget_gib: what the process may reserve, None where nothing was measured or stated (a CPU).
     parts: name -> GiB of the predicted peak. head_chunk_bytes: of logits held at a time.
+    claimed_gib: the peak, and what holes between tensors cost beyond the usual share of it; None:
+    nothing.
     """
 
     batch: int
@@ -68,17 +70,21 @@ class Plan:
     budget_gib: float | None
     parts: dict[str, float]
     head_chunk_bytes: int | None = None
+    claimed_gib: float | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the prediction is within the budget."""
-        room = 1 - FRAGMENTATION
-        return self.budget_gib is None or self.predicted_gib <= self.budget_gib * room
+        """Whether the budget holds what is predicted, by the measure that plans are chosen by."""
+        return self.budget_gib is None or self._claimed <= self.budget_gib * (1 - FRAGMENTATION)
 
-    def with_residents(self, count: int) -> Plan:
-        """The same plan with only the first `count` layers kept unpacked."""
-        keeps = tuple(replace(keep, resident=i < count) for i, keep in enumerate(self.keeps))
-        return replace(self, keeps=keeps)
+    @property
+    def needed_gib(self) -> float:
+        """The least budget that this plan fits."""
+        return self._claimed / (1 - FRAGMENTATION)
+
+    @property
+    def _claimed(self) -> float:
+        return self.predicted_gib if self.claimed_gib is None else self.claimed_gib
 
     def __str__(self) -> str:
         budget = "no budget" if self.budget_gib is None else f"budget {self.budget_gib:.2f} GiB"
@@ -156,6 +162,15 @@ def make_plan(
     return _finished(memory, keeps, on_host, budget_gib)
 
 
+def with_residents(sizes: NetworkSizes, plan: Plan, count: int) -> Plan:
+    """The plan with only the first `count` layers kept unpacked, predicted anew."""
+    keeps = [replace(keep, resident=i < count) for i, keep in enumerate(plan.keeps)]
+    if tuple(keeps) == plan.keeps:
+        return plan
+    memory = StepMemory(sizes, plan.batch, plan.seq)
+    return _finished(memory, keeps, plan.embedding_on_host, plan.budget_gib)
+
+
 def free_budget_gib(
     device_free: int, reserved: int, allocated: int, cap: int | None, own: int = 0
 ) -> float:
@@ -187,10 +202,11 @@ def device_budget_gib(device: torch.device, own_bytes: int = 0) -> float | None:
 
 def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float | None) -> Plan:
     parts, peak = memory.parts(keeps, on_host), memory.peak(keeps, on_host)
+    claimed = memory.claimed(keeps, on_host)
     # Memory for it may not lie in one piece unless there is some to spare.
     spare = math.inf
     if budget is not None:
-        spare = budget * GIB * (1 - FRAGMENTATION) - memory.claimed(keeps, on_host)
+        spare = budget * GIB * (1 - FRAGMENTATION) - claimed
     chunk = min(memory.head_chunk(keeps), max(spare, CHUNK_BYTES))
     return Plan(
         memory.batch,
@@ -201,6 +217,7 @@ def _finished(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
         budget,
         {name: value / GIB for name, value in parts.items()},
         int(chunk),
+        claimed / GIB,
     )
 
 

@@ -27,7 +27,8 @@ class NetworkSizes:
     trainable: elements trained. post_norms: whether a norm follows each half. dora: whether the
     stacks qkv, o, gate_up and down have DoRA's magnitudes. head_gradient: bytes of the gradient of
     the head's matrix, and of the copy that an adapter on it is computed with; 0 if it is frozen.
-    fp8: whether the products with frozen matrices run on copies of them in 8 bits.
+    fp8: whether the products with frozen matrices run on copies of them in 8 bits. mlp_rank: the
+    largest of gate, up and down in any layer. qk_norms: whether norms stand between q, k and RoPE.
     """
 
     num_layers: int
@@ -49,6 +50,8 @@ class NetworkSizes:
     head_gradient: int = 0
     fp8: bool = False
     shapes: tuple[int, int, int, int] = (1, 1, 1, 1)
+    mlp_rank: int = 0
+    qk_norms: bool = False
 
     @property
     def stack_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -96,7 +99,7 @@ class NetworkSizes:
         )
         (q_proj, k_proj, v_proj), _, _, (down_proj,) = layers[0]
         projections = [m for layer in layers for stack in layer for m in stack]
-        embedding = network.model.embed_tokens.weight
+        embedding, wiring = network.model.embed_tokens.weight, wiring_of(network.model_type)
         return cls(
             num_layers=len(layers),
             hidden=q_proj.in_features,
@@ -109,14 +112,16 @@ class NetworkSizes:
             element=embedding.element_size(),
             weights=_stored_bytes(network) - embedding.nbytes,
             embedding=embedding.nbytes,
-            embedding_stays=_shares_embedding(network) or embedding.requires_grad,
+            embedding_stays=network.shares_embedding or embedding.requires_grad,
             quantized=any(not isinstance(m.base, Tensor) for m in projections),
             trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
-            post_norms=len(wiring_of(network.model_type).norms) == 4,
+            post_norms=len(wiring.norms) == 4,
             dora=(q_dora, o_dora, g_dora, d_dora),
             head_gradient=_head_gradient(network),
             fp8=network.base_compute == "fp8",
             shapes=(q_shapes, o_shapes, g_shapes, d_shapes),
+            mlp_rank=max(rank for layer in ranks for stack in layer[2:] for rank in stack),
+            qk_norms=wiring.qk_norms,
         )
 
 
@@ -126,14 +131,6 @@ def _stacks_of(block: nn.Module) -> list[list[Any]]:
 
 def _rank(projection: Any) -> int:
     return len(projection.lora_A.weight) if projection.has_lora else 0
-
-
-def _shares_embedding(network: Any) -> bool:
-    """Whether the head computes from the embedding's memory."""
-    embedding, head = network.model.embed_tokens.weight, network.lm_head
-    if head is None or embedding.is_meta:
-        return network.tied
-    return head.weight.data_ptr() == embedding.data_ptr()
 
 
 def _head_gradient(network: Any) -> int:
@@ -152,7 +149,9 @@ def _head_gradient(network: Any) -> int:
     return vocabulary * (hidden + rank) * (2 * wide + copies * weight.element_size())
 
 
-def _stored_bytes(network: nn.Module) -> int:
-    # By place: a tied head that an adapter stands on is a parameter of its own in the same memory.
-    tensors = {t.data_ptr() or id(t): t for t in (*network.parameters(), *network.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _stored_bytes(network: Any) -> int:
+    # A tied head that an adapter stands on is a parameter of its own in the embedding's memory.
+    head = network.lm_head
+    again = head.weight if head is not None and network.shares_embedding else None
+    stored = [t for t in (*network.parameters(), *network.buffers()) if t is not again]
+    return sum(t.nbytes for t in {t.data_ptr() or id(t): t for t in stored}.values())

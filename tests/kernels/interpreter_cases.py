@@ -200,6 +200,7 @@ def nf4_batch_fills_every_view(dtype: torch.dtype) -> None:
 def copy_batch_casts_and_scales(dtype: torch.dtype) -> None:
     shapes, scales = ((4, 130), (70, 3), (1, 1), (70, 65)), (1.0, 0.5, 0.0, 2.0)
     sources = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    sources[2].fill_(torch.inf)  # times 0: zeros
     gains = [None, None, None, randn(70, seed=9)]
     buffers = [torch.full((n + 2, k + 5), -1.0, dtype=dtype) for n, k in shapes]
     views = [b[1 : n + 1, 2 : k + 2] for b, (n, k) in zip(buffers, shapes, strict=True)]
@@ -207,7 +208,8 @@ def copy_batch_casts_and_scales(dtype: torch.dtype) -> None:
     with forced_engine("triton"):
         CopyBatch(parts).run()
     for (source, view, scale, gain), buffer in zip(parts, buffers, strict=True):
-        expected = source * scale if gain is None else source * scale * gain[:, None]
+        expected = source * scale if scale else torch.zeros_like(source)
+        expected = expected if gain is None else expected * gain[:, None]
         torch.testing.assert_close(view, expected.to(dtype), **tolerance.BIT_EXACT)
         assert (buffer == -1).sum() >= buffer.numel() - view.numel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sloth.kernels.ahead import CompilingAhead, compile_ahead
 from sloth.kernels.context import BlockContext
 from sloth.kernels.dispatch import twin_of, wiring_of
 from sloth.kernels.engine import launches_held
+from sloth.kernels.ops.glu import _glu_fwd_kernel, glu_fwd
 from tests.models.families import FIRST, VARIANTS
 from tests.oracles import save_tiny
 from tests.test_lora import randomised
@@ -64,6 +66,19 @@ def test_a_failed_compilation_is_raised(ahead):
         ahead.wait()
 
 
+def test_a_launch_of_another_thread_is_not_held(monkeypatch):
+    kernel = _glu_fwd_kernel
+    launched, held = [], []
+    monkeypatch.setattr(kernel, "run", lambda *args, **keywords: launched.append(args))
+    with launches_held(lambda kernel, args, keywords: held.append(args)):
+        kernel[(1,)](1)
+        other = threading.Thread(target=lambda: kernel[(1,)](2))
+        other.start()
+        other.join()
+    kernel[(1,)](3)
+    assert held == [(1,)] and launched == [(2,), (3,)]
+
+
 def num_compiled() -> int:
     import tests.kernels.test_triton_compile as convention
 
@@ -76,7 +91,9 @@ def num_compiled() -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", [None, "nf4"])
 @pytest.mark.parametrize("variant", FIRST.values())
-def test_a_step_after_it_compiles_nothing(variant: str, quant: str | None, tmp_path: Path) -> None:
+def test_a_step_after_it_compiles_nothing(
+    variant: str, quant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = dict(VARIANTS[variant])
     folder = save_tiny(settings.pop("model_type"), tmp_path / "base", **settings)
     model = sloth.load(folder, quant=quant, dtype="bfloat16")
@@ -86,9 +103,22 @@ def test_a_step_after_it_compiles_nothing(variant: str, quant: str | None, tmp_p
     contexts: list[BlockContext] = network.contexts(hidden, None, None)
     blocks, twin = network.model.layers, twin_of(network.model_type)
     state = torch.cuda.get_rng_state()
-    count = compile_ahead(
-        *(twin, blocks[0], hidden, contexts[0], network.workspace, wiring_of(network.model_type))
-    )
+    launched = []
+    run = type(_glu_fwd_kernel).run
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(_glu_fwd_kernel),
+            "run",
+            lambda self, *args, warmup, **keywords: (
+                None if warmup else launched.append(self),
+                run(self, *args, warmup=warmup, **keywords),
+            )[1],
+        )
+        count = compile_ahead(
+            *(twin, blocks[0], hidden, contexts[0], network.workspace),
+            wiring_of(network.model_type),
+        )
+    assert launched == []  # the backward's neither
     assert count > 5 and torch.equal(torch.cuda.get_rng_state(), state)
     assert all(p.grad is None for p in network.parameters())
     before = num_compiled()
@@ -100,8 +130,6 @@ def test_a_step_after_it_compiles_nothing(variant: str, quant: str | None, tmp_p
 
 @pytest.mark.gpu
 def test_held_launches_do_not_happen_and_later_ones_do() -> None:
-    from sloth.kernels.ops.glu import glu_fwd
-
     gate = torch.ones(4, 64, device="cuda", dtype=torch.bfloat16)
     out = torch.zeros_like(gate)
     with launches_held(lambda kernel, args, keywords: None):

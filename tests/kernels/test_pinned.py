@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import Tensor
 
-from sloth.kernels.pinned import Piece, PinnedPool
+from sloth.kernels import pinned
+from sloth.kernels.pinned import Piece, PinnedPool, locked_memory
+from tests.train.fakes import FakeModel
+from tests.train.runs import train
+from tests.train.test_oom import SETTINGS
 
 MIB = 2**20
 
@@ -99,3 +106,44 @@ def test_idle_memory_goes_back_to_the_system():
     pool.clear()
     assert system.locked == [] and pool.num_bytes == 0
     assert all(event.waited for event in events)
+
+
+def refusing(*_: object) -> int:
+    return 2  # cudaErrorMemoryAllocation
+
+
+@pytest.mark.parametrize("lacks", ["memory", "locks"])
+def test_memory_that_cannot_be_had_is_out_of_memory_like_any(lacks, monkeypatch):
+    runtime = SimpleNamespace(cudaHostRegister=refusing)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    cleared = []
+    monkeypatch.setattr(pinned, "_clear_error", lambda: cleared.append(1))
+    size = 2**60 if lacks == "memory" else MIB
+    with pytest.raises(torch.OutOfMemoryError, match="host memory for what layers keep there"):
+        PinnedPool(lambda num_bytes: locked_memory(size)).take(size)
+    assert cleared == [1] * (lacks == "locks")
+
+
+class Offloading(FakeModel):
+    """Keeps its activations in locked memory, which holds two rows' and no more."""
+
+    def loss(self, tokens, labels, positions=None, num_trained=None):
+        if len(tokens) > 2:
+            raise pinned._none_left(MIB, "locks", "2")
+        return super().loss(tokens, labels, positions, num_trained)
+
+
+def test_passes_are_halved_where_no_more_memory_is_locked(tmp_path, capsys):
+    train(tmp_path / "run", model=Offloading(), **SETTINGS)
+    assert "going on with 2 and more passes" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_failed_lock_leaves_no_error_behind(monkeypatch):
+    memory, unlock = locked_memory(MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *_, **__: memory)  # locked already
+        with pytest.raises(torch.OutOfMemoryError, match="locks no further"):
+            locked_memory(MIB)
+    assert torch.ones(4, device="cuda").mul_(2).sum().item() == 8
+    unlock()

@@ -43,6 +43,15 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], value, **tolerance.BIT_EXACT, msg=name)
 
 
+def memory_of_layers(model: sloth.Model) -> int:
+    """Bytes of what holds their parameters and stacks."""
+    layers = [x for variants in model.network.workspace._layers.values() for x in variants.values()]
+    tensors: list[Any] = [stack.scratch for layer in layers for stack in layer.stacks.values()]
+    tensors += model.network.model.layers.parameters()
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 @pytest.mark.parametrize("level", ["reference", "ops", "fused"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_inference_mode_first_does_not_stop_training(folder, quant, level):
@@ -54,23 +63,27 @@ def test_inference_mode_first_does_not_stop_training(folder, quant, level):
     assert len(gradients(model)) == 2 * 7 * len(model.network.specs)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_switched_adapter_prepares_nothing_anew(folder, quant, use_dora, monkeypatch):
-    model = load(folder, quant, use_dora=use_dora)
+def test_a_switched_adapter_prepares_nothing_anew(folder, quant, use_dora, targets, monkeypatch):
+    model = load(folder, quant, use_dora=use_dora, targets=targets)
     prepared: list[object] = []
     prepare = FusedLayer.__init__
     monkeypatch.setattr(
         FusedLayer, "__init__", lambda self, *a: (prepared.append(self), prepare(self, *a))[1]
     )
-    counts = []
+    counts, places = [], []
     for _ in range(3):
         prepared.clear()
         with torch.no_grad(), model.adapter_off():
             model.loss(TOKENS, TOKENS)
+        places.append(memory_of_layers(model))
         gradients(model)
+        places.append(memory_of_layers(model))
         counts.append(len(prepared))
     assert counts[1:] == [0, 0]
+    assert len(set(places)) == 1
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -88,6 +101,18 @@ def test_a_reference_pass_before_the_backward_changes_no_gradient(folder, quant,
     assert base.level == "fused" and bare == base.loss(TOKENS, TOKENS)
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_switched_off_adapter_counts_as_zero_even_where_it_is_infinite(folder, quant):
+    model = load(folder, quant)
+    with torch.no_grad():
+        model.network.model.layers[0].self_attn.q_proj.lora_A.weight.fill_(torch.inf)
+        model.network.model.layers[1].mlp.up_proj.lora_B.weight.fill_(torch.nan)
+        with model.adapter_off():
+            bare = model.loss(TOKENS, TOKENS)
+    base = sloth.load(folder, quant=quant, device="cpu")
+    assert bare == base.loss(TOKENS, TOKENS)
+
+
 def test_layers_that_stay_unpacked_are_shared_by_both_states(folder):
     model = load(folder)
     network = model.network
@@ -97,6 +122,25 @@ def test_layers_that_stay_unpacked_are_shared_by_both_states(folder):
     with model.adapter_off():
         model.loss(TOKENS, TOKENS)
     assert network.workspace.num_bytes == held > 0
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["k_proj", "up_proj"]])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_gradients_keep_no_memory_but_their_own(folder, quant, targets):
+    model = load(folder, quant, targets=targets)
+    model.loss(TOKENS, TOKENS).backward()
+    grads = [p.grad for p in model.network.parameters() if p.grad is not None]
+    storages = [grad.untyped_storage() for grad in grads]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert held == sum(grad.nbytes for grad in grads)
+
+
+def test_an_input_of_no_adapter_is_not_copied(folder):
+    model = load(folder, targets=["q_proj"])
+    gradients(model)
+    (layer,) = model.network.workspace._layers[model.network.model.layers[0]].values()
+    x = torch.randn(4, layer.o.K)
+    assert layer.o.R == 0 and layer.o.taken_in(x)[0] is x
 
 
 def test_a_bias_written_in_place_is_seen(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 import sloth
 from sloth.kernels import recording
 from sloth.kernels.context import BlockContext, Keep
+from sloth.kernels.llama import LlamaBlockFunction
 from sloth.kernels.recording import Recorder, RunLayers
 from tests import tolerance
 from tests.oracles import WHOLE_BLOCKS, save_tiny_llama
@@ -27,9 +29,14 @@ OTHERS = torch.randint(3, 160, (2, 40), generator=GENERATOR)
 
 
 class RunPasses:
-    """Passes that are run each time, on memory that is overwritten as a recording's is."""
+    """Passes that are run each time, on memory that is overwritten as a recording's is.
+
+    Like a graph they read what was recorded, whatever became of the modules since: those of
+    `network` when they were made.
+    """
 
     made = 0
+    network: Any = None
 
     def __init__(
         self,
@@ -39,14 +46,25 @@ class RunPasses:
         matrices: list[Tensor],
     ) -> None:
         type(self).made += 1
-        self.run, self.contexts, self.matrices = run, contexts, matrices
+        self.contexts, self.matrices = contexts, matrices
         self.input = hidden.detach().clone().requires_grad_(hidden.requires_grad)
-        self.result, self.output = torch.empty(0), torch.empty_like(hidden)
+        self.result = run(self.input, contexts)
+        self.output = torch.empty_like(hidden)
+        self.backward(torch.zeros_like(hidden))  # a recording has one or fails
+        self.layers = self.network.workspace.prepared(self.network.model.layers)
+        places = {matrix.data_ptr(): matrix for matrix in matrices}
+        self.factors = [
+            [m if m is None else places.get(m.data_ptr(), m) for m in layer.matrices]
+            for layer in self.layers
+        ]
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.input.detach().copy_(hidden)
         with torch.enable_grad():
-            self.result = self.run(self.input, self.contexts)
+            x = self.input
+            for layer, context, own in zip(self.layers, self.contexts, self.factors, strict=True):
+                x = LlamaBlockFunction.apply(x, layer, context, *own)
+        self.result = x
         self.output.copy_(self.result.detach())
         return self.output.detach()
 
@@ -62,8 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, **lora: object) -> sloth.Model:
     model = sloth.load(folder, quant="nf4", device="cpu")
-    randomised(model.add_lora(sloth.LoraConfig(r=8, **lora)))
-    network = model.network
+    return recorded(randomised(model.add_lora(sloth.LoraConfig(r=8, **lora))))
+
+
+def recorded(model: sloth.Model) -> sloth.Model:
+    network = RunPasses.network = model.network
     network.planner = lambda batch, seq: [Keep(recorded=True)] * len(network.specs)
     blocks = list(network.model.layers)
     network.recorder = Recorder(network._run_layers, blocks, network.workspace, RunPasses)
@@ -170,14 +191,43 @@ def test_dropout_is_never_recorded(folder):
 def test_a_switched_off_adapter_is_not_replayed(folder):
     model = load(folder)
     warm_up(model)
-    off = [m for m in model.network.modules() if getattr(m, "lora_A", None) is not None]
-    for module in off:
-        module.lora_enabled = False
-    bare = model.loss(TOKENS, TOKENS).item()
-    for module in off:
-        module.lora_enabled = True
-    assert bare != model.loss(TOKENS, TOKENS).item()
-    assert bare == sloth.load(folder, quant="nf4", device="cpu").loss(TOKENS, TOKENS).item()
+    expected = gradients(model, TOKENS)
+    bare = sloth.load(folder, quant="nf4", device="cpu").loss(TOKENS, TOKENS).item()
+    assert bare != expected[0].item()
+    for _ in range(2):  # with gradients enabled, as for a reference that is not trained
+        with model.adapter_off():
+            assert model.loss(TOKENS, TOKENS).item() == bare
+        assert_equal(gradients(model, TOKENS), expected)
+    assert RunPasses.made == 1
+
+
+def test_layers_run_as_stored_are_not_replayed(folder):
+    model = load(folder)
+    warm_up(model)
+    network, ran = model.network, []
+    network.base_compute = "fp8"
+    block = network.model.layers[0]
+    block.register_forward_hook(lambda *_: ran.append(1))
+    with network.as_stored():
+        model.loss(TOKENS, TOKENS)
+    assert ran == [1]
+    gradients(model, TOKENS)
+    assert ran == [1] and RunPasses.made == 1
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], None])
+def test_layers_without_a_trained_matrix_run_unrecorded(folder, targets):
+    model = sloth.load(folder, quant="nf4", device="cpu")
+    if targets is None:
+        model.network.requires_grad_(False)
+        model._update_level()
+    else:
+        model.add_lora(sloth.LoraConfig(r=8, targets=targets))
+    recorded(model)
+    losses = {model.loss(TOKENS, TOKENS).item() for _ in range(2 * recording._TRIES + 1)}
+    assert len(losses) == 1 and RunPasses.made == 0
+    if targets is not None:
+        gradients(model, TOKENS)
 
 
 def test_a_matrix_that_is_frozen_later_gets_no_gradient(folder):
@@ -186,8 +236,37 @@ def test_a_matrix_that_is_frozen_later_gets_no_gradient(folder):
     frozen = model.network.model.layers[1].mlp.up_proj.lora_A.weight
     frozen.requires_grad_(False)
     gradients(model, TOKENS)
-    assert frozen.grad is None
-    assert RunPasses.made == 2
+    assert frozen.grad is None and RunPasses.made == 1
+    warm_up(model)
+    assert frozen.grad is None and RunPasses.made == 2
+
+
+def test_a_matrix_frozen_every_other_step_is_recorded_ever_more_rarely(folder):
+    model = load(folder)
+    warm_up(model)
+    matrix = model.network.model.layers[1].mlp.up_proj.lora_A.weight
+    for step in range(20):
+        matrix.requires_grad_(step % 2 == 1)
+        gradients(model, TOKENS)
+        assert (matrix.grad is None) == (step % 2 == 0)
+    assert RunPasses.made <= 4
+
+
+def test_a_norm_that_is_replaced_ends_a_recording(folder):
+    model = load(folder)
+    warm_up(model)
+    norm = model.network.model.layers[0].input_layernorm
+    with torch.no_grad():
+        norm.weight.mul_(3)  # read where it lies
+    gradients(model, TOKENS)
+    assert model.network.recorder._recording is not None
+    norm.weight = torch.nn.Parameter(norm.weight.detach() * 2, requires_grad=False)
+    gradients(model, TOKENS)
+    assert model.network.recorder._recording is None
+    warm_up(model)
+    norm.eps *= 2
+    gradients(model, TOKENS)
+    assert model.network.recorder._recording is None
 
 
 def test_a_matrix_changed_before_the_backward_is_an_error(folder):
@@ -249,4 +328,30 @@ def test_a_replay_does_what_a_run_does(folder, quant):
         torch.tensor(steps[True]),
         torch.tensor(steps[False]),
         **tolerance.same_maths(torch.bfloat16),
+    )
+
+
+@pytest.mark.gpu
+def test_a_graph_waits_while_the_adapter_is_off(folder):
+    model = sloth.load(folder, quant="nf4")
+    randomised(model.add_lora(sloth.LoraConfig(r=8)))
+    network = model.network
+
+    def losses() -> list[float]:
+        found = []
+        for _ in range(recording._TRIES + 3):
+            loss = model.loss(TOKENS, TOKENS)
+            loss.backward()
+            with model.adapter_off():
+                found += [loss.item(), model.loss(TOKENS, TOKENS).item()]
+        return found
+
+    network.planner = lambda batch, seq: [Keep()] * len(network.specs)
+    expected = losses()
+    assert expected[0] != expected[1]
+    network.planner = lambda batch, seq: [Keep(recorded=True)] * len(network.specs)
+    actual = losses()
+    assert network.recorder._recording is not None and network.recorder._given_way == 0
+    torch.testing.assert_close(
+        torch.tensor(actual), torch.tensor(expected), **tolerance.same_maths(torch.bfloat16)
     )

@@ -122,8 +122,10 @@ def _copy_batch_kernel(
     rows = (tile // tiles) * TILE + tl.arange(0, TILE)[:, None]
     cols = (tile % tiles) * TILE + tl.arange(0, TILE)[None, :]
     mask = (rows < tl.load(row_ptr + 3)) & (cols < tl.load(row_ptr + 4))
-    x = tl.load(source_ptr + rows * tl.load(row_ptr + 5) + cols, mask=mask, other=0.0)
-    y = x.to(tl.float32) * tl.load(scales_ptr + part)
+    scale = tl.load(scales_ptr + part + 0 * rows)
+    read = mask & (scale != 0)  # else zeros, not 0 times what may be infinite
+    x = tl.load(source_ptr + rows * tl.load(row_ptr + 5) + cols, mask=read, other=0.0)
+    y = x.to(tl.float32) * scale
     if GAINS:
         gains_ptr = tl.load(row_ptr + 8).to(tl.pointer_type(tl.float32))
         y *= tl.load(gains_ptr + rows, mask=rows < tl.load(row_ptr + 3), other=0.0)
@@ -176,7 +178,10 @@ class NF4Part(NamedTuple):
 
 
 class CopyPart(NamedTuple):
-    """out [n, k] = scale * source [n, k], row i times gains[i] (fp32) where there are gains."""
+    """out [n, k] = scale * source [n, k], row i times gains[i] (fp32) where there are gains.
+
+    A scale of 0 gives zeros, whatever the source holds.
+    """
 
     source: Tensor
     out: Tensor
@@ -282,6 +287,9 @@ class CopyBatch:
 
 
 def _copy_torch(source: Tensor, out: Tensor, scale: float, gains: Tensor | None) -> None:
+    if scale == 0:
+        out.zero_()
+        return
     wide = source.detach().to(torch.promote_types(source.dtype, torch.float32)) * scale
     out.copy_(wide if gains is None else wide * gains[:, None])
 

@@ -33,9 +33,9 @@ from sloth.kernels.rows import compute_dtype, next_power_of_2, sum_over_rows
 # Wider adapters leave no registers for the tile: their sums stay apart.
 MAX_RANK = 64
 # Of a matrix instruction.
-_MIN_RANK = 16
+MIN_RANK = 16
 # Rows that one program walks: 8 parts at 8192 rows, 1792 programs.
-_SPAN = 1024
+SPAN = 1024
 _BLOCK_T, _BLOCK_F = 16, 64
 _OPTIONS = {"num_warps": 4, "num_stages": 3}
 
@@ -141,7 +141,7 @@ def _compile_entry(rank: int, gelu: bool) -> dict[str, Any]:
 
 
 COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
-    "_glu_lora_bwd_kernel": [_compile_entry(_MIN_RANK, True), _compile_entry(MAX_RANK, False)]
+    "_glu_lora_bwd_kernel": [_compile_entry(MIN_RANK, True), _compile_entry(MAX_RANK, False)]
 }
 
 
@@ -156,21 +156,22 @@ def _glu_lora_bwd_triton(
     outs: tuple[Tensor, Tensor],
 ) -> GLUSums:
     num_rows, num_cols = gate.shape
-    tile = max(next_power_of_2(max(ranks)), _MIN_RANK)
-    parts = max(-(-num_rows // _SPAN), 1)
+    tile = max(next_power_of_2(max(ranks)), MIN_RANK)
+    parts = max(-(-num_rows // SPAN), 1)
     sums = torch.empty(parts, 3, tile, num_cols, dtype=torch.float32, device=gate.device)
     _glu_lora_bwd_kernel[(-(-num_cols // _BLOCK_F), parts)](
         *(dy, gate, up, *outs, v, low, sums),
         *(x.stride(0) for x in (dy, gate, up, *outs, v, low)),
-        *(num_rows, num_cols, _SPAN, ranks.gate, v.shape[1], low.shape[1]),
+        *(num_rows, num_cols, SPAN, ranks.gate, v.shape[1], low.shape[1]),
         GELU=activation == "gelu_tanh",
         RANK=tile,
         BLOCK_T=_BLOCK_T,
         BLOCK_F=_BLOCK_F,
         **_OPTIONS,
     )
-    dA, dB_gate, dB_up = sums.sum(0)
-    return GLUSums(dA[: ranks.down], dB_gate[: ranks.gate].T, dB_up[: ranks.up].T)
+    # Apart: dA goes on as a gradient, and a view would keep all three until that is dropped.
+    dA, (dB_gate, dB_up) = sums[:, 0, : ranks.down].sum(0), sums[:, 1:].sum(0)
+    return GLUSums(dA, dB_gate[: ranks.gate].T, dB_up[: ranks.up].T)
 
 
 def _glu_lora_bwd_apart(

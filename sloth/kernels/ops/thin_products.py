@@ -179,10 +179,10 @@ def sums_norms(x: Tensor, rank: int) -> bool:
 def norm_sum(
     x: Tensor, weight: Tensor, rstd: Tensor, offset: float, v: Tensor, rank: int
 ) -> Tensor:
-    """dA = V^T n [R or less, K], fp32, of n = x * rstd * (weight + offset), where `sums_norms`.
+    """dA = V^T n [rank, K], fp32, of n = x * rstd * (weight + offset), where `sums_norms`.
 
     x [T, K], v [T, R] with inner stride 1 and any row stride, weight [K], rstd [T] fp32. Columns of
-    v from `rank` on are zeros, and their rows of dA may be left out.
+    v from `rank` on are zeros, and have no rows in dA.
     """
     num_rows, num_cols = x.shape
     parts, tile = max(-(-num_rows // _SPAN), 1), _tile(rank)
@@ -196,4 +196,4 @@ def norm_sum(
         BLOCK_K=_SUM_K,
         **_SUM_OPTIONS,
     )
-    return sums.sum(0)
+    return sums[:, :rank].sum(0)

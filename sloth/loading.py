@@ -22,7 +22,7 @@ from sloth.text.tokenizer import Tokenizer
 
 _APPROXIMATE = (
     "base_compute='fp8' is an approximation: after 400 steps on real text the adapter of a 135M "
-    "model had a held-out loss 0.8% above that trained without it, more than seeds differ; compare "
+    "model had a held-out loss 0.7% above that trained without it, more than seeds differ; compare "
     "before you rely on it"
 )
 

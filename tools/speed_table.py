@@ -1,10 +1,10 @@
-"""The README's table of speeds, made from the results that the benchmarks wrote.
+"""The README's tables of speeds, made from the results that the benchmarks wrote.
 
-    python -m tools.speed_table            # print it
-    python -m tools.speed_table --write    # put it into README.md, between its two markers
+    python -m tools.speed_table            # print them
+    python -m tools.speed_table --write    # put them into README.md, between their markers
 
-Rows are those of Llama-3.1-8B with LoRA r=16 in `benchmarks/results/h100.json`: every setting of
-sloth, with Unsloth's on the same tokens beside it.
+The first has the rows of Llama-3.1-8B with LoRA r=16 in `benchmarks/results/h100.json`: every
+setting of sloth, with Unsloth's on the same tokens beside it. The second has the other models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tools.readme import README, between, command
 RESULTS = README.parent / "benchmarks" / "results" / "h100.json"
 BEGIN = "<!-- speeds: python -m tools.speed_table --write -->"
 END = "<!-- end of speeds -->"
+BEGIN_OTHERS = "<!-- other models: python -m tools.speed_table --write -->"
+END_OTHERS = "<!-- end of other models -->"
 COMMAND = "python -m tools.speed_table --write"
 MODEL, RANK = "llama-3.1-8b", 16
 PEERS = ("unsloth", "unsloth-best")
@@ -68,10 +70,35 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def others() -> str:
+    """Markdown: the other models in NF4, with memory to spare."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = {(r["model"], r["batch"], r["length"], r["who"]): r for r in results["train"]}
+    lines = [
+        "| model | tokens | sloth | GiB | Unsloth's default | GiB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (model, batch, length, who), row in found.items():
+        if who != "sloth" or model == MODEL or row["dtype"] != "nf4":
+            continue
+        peer = found.get((model, batch, length, PEERS[0]))
+        beside = ["fails to compile", ""] if peer and "failed" in peer else _figures(peer)
+        lines.append(
+            "| " + " | ".join([model, f"{batch}x{length}", *_figures(row), *beside]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def both() -> str:
+    """The two tables, one under the other."""
+    return f"{table()}\n\n{others()}"
+
+
 def rewritten(readme: str) -> str:
-    """The README's text with the table as it is now."""
-    return between(readme, BEGIN, END, table())
+    """The README's text with the tables as they are now."""
+    readme = between(readme, BEGIN, END, table())
+    return between(readme, BEGIN_OTHERS, END_OTHERS, others())
 
 
 if __name__ == "__main__":
-    command(__doc__ or "", table, rewritten)
+    command(__doc__ or "", both, rewritten)

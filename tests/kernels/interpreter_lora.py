@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sloth.kernels.engine import forced_engine
+from sloth.kernels.ops.dora import Gains, adapted_norms, squared_row_norms
+from sloth.kernels.ops.dora_gains import Adapted, GainsLaunches, is_fused
 from sloth.kernels.ops.glu_lora import Ranks
+from sloth.kernels.ops.nf4 import nf4_dequantize_reference
 from sloth.kernels.ops.post_norm import post_norm_fwd
 from sloth.kernels.ops.rms_norm import rms_norm_fwd
 from sloth.kernels.ops.thin_products import norm_sum, sums_norms
+from sloth.quant.nf4 import quantize_nf4
 from tests import tolerance
 from tests.kernels.common import nan_poisoned_empty, randn
 from tests.kernels.interpreter import case
@@ -27,13 +32,43 @@ def glu_sums_of_several_parts_and_odd_ranks(dtype: torch.dtype) -> None:
     for rows, ffn, ranks in ((5, 70, Ranks(3, 2, 16)), (1030, 33, Ranks(17, 16, 0))):
         for activation in ("silu", "gelu_tanh"):
             inputs = glu_inputs(rows, ffn, ranks, dtype)
+            bias = randn(2 * ffn, seed=8, dtype=dtype) if activation == "silu" else None
             with forced_engine("triton"):
-                actual = glu_sums(inputs, activation, ranks)
+                actual = glu_sums(inputs, activation, ranks, True, bias)
             with forced_engine("torch"):
-                expected = glu_sums(inputs, activation, ranks)
+                expected = glu_sums(inputs, activation, ranks, True, bias)
             for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
                 allowed = tolerance.FP16_COLUMN_SUMS if index > 1 else tolerance.same_maths(dtype)
                 torch.testing.assert_close(ours, theirs, **allowed)
+
+
+@case
+def gains_of_codes_and_dense_matrices(dtype: torch.dtype) -> None:
+    """Several spans, tails of rows, matrices of both kinds, ranks that differ."""
+    shapes = ((70, 2176, 3), (5, 64, 17), (64, 100, 4), (130, 2112, 16))
+    for double_quant in (False, True):
+        matrices, truths = [], []
+        for seed, (rows, cols, rank) in enumerate(shapes):
+            W, A = randn(rows, cols, seed=seed, dtype=dtype), wide(rank, cols, 4, 9, dtype, "cpu")
+            base = quantize_nf4(W, double_quant) if seed != 2 else W
+            room = torch.zeros(rank, cols + 64, dtype=dtype)
+            own = room[:, : A.shape[1]].copy_(A)
+            B, m = randn(rows, rank, seed=20 + seed), randn(rows, seed=40 + seed)
+            m[0] = 0.0
+            W = base if isinstance(base, Tensor) else nf4_dequantize_reference(base, dtype)
+            squared = squared_row_norms(base, torch.float32)
+            gains = Gains(*torch.full((3, rows), float("nan")))
+            matrices.append(Adapted(base, own, B, m, squared, 0.5, gains))
+            truth = Gains(*torch.empty(3, rows))
+            norms = adapted_norms(W, own, (B * 0.5).to(dtype), squared)
+            truth.put(m, norms, 0.5)
+            truths.append(truth)
+        with forced_engine("triton"), nan_poisoned_empty():
+            assert all(map(is_fused, matrices))
+            GainsLaunches(matrices).run()
+        for each, truth in zip(matrices, truths, strict=True):
+            for ours, theirs in zip(each.gains, truth, strict=True):
+                torch.testing.assert_close(ours, theirs, **tolerance.FP32_SAME_MATHS)
 
 
 @case

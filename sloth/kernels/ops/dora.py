@@ -36,7 +36,7 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,27 @@ class Magnitude:
     m: Tensor
     squared: Tensor | None
     norms: Tensor | None = None
+
+
+class Gains(NamedTuple):
+    """Of each output row of a stack [N], fp32 or wider.
+
+    rows: g = m / n. scaled: s g, which dB takes. inverse: 1 / m or 0, which turns dots into dm.
+    """
+
+    rows: Tensor
+    scaled: Tensor
+    inverse: Tensor
+
+    def of(self, rows: slice) -> Gains:
+        """Views of some rows."""
+        return Gains(*(x[rows] for x in self))
+
+    def put(self, m: Tensor, norms: Tensor, scale: float) -> None:
+        """Those of trained lengths m and norms n [N]."""
+        self.rows.copy_(gains_of(m, norms))
+        torch.mul(self.rows, scale, out=self.scaled)
+        self.inverse.copy_(torch.where(m != 0, 1 / m, 0.0))
 
 
 def squared_row_norms(base: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

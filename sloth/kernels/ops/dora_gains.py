@@ -35,6 +35,8 @@ MAX_RANK, _MIN_RANK = 64, 16
 # Rows of a program's tile; columns that it sums: 1664 programs of one length for an 8B layer.
 _ROWS, _SPAN = 64, 2048
 _COLS = 64
+# Rows whose gains a program takes.
+_GAIN_ROWS = 32
 _CROSS_OPTIONS = {"num_warps": 4, "num_stages": 3}
 # As the codes are unpacked elsewhere: a scale is rounded before its offset is added.
 _CODE_OPTIONS = {**_CROSS_OPTIONS, "enable_fp_fusion": False}
@@ -133,9 +135,9 @@ def _dense_cross_kernel(
     stride, W and its row stride."""
     program = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + _part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
-    num_rows, num_cols = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
-    A_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(DTYPE))
-    W_ptr = tl.load(row_ptr + 7).to(tl.pointer_type(DTYPE))
+    num_rows, num_cols = tl.load(row_ptr + 2), tl.multiple_of(tl.load(row_ptr + 3), 16)
+    A_ptr = tl.multiple_of(tl.load(row_ptr + 5).to(tl.pointer_type(DTYPE)), 16)
+    W_ptr = tl.multiple_of(tl.load(row_ptr + 7).to(tl.pointer_type(DTYPE)), 16)
     spans = (num_cols + SPAN - 1) // SPAN
     tile = program - tl.load(row_ptr)
     span = tile % spans
@@ -143,8 +145,8 @@ def _dense_cross_kernel(
     known = rows < num_rows
     ranks, cols = tl.arange(0, RANK), tl.arange(0, COLS)
     ranks_known = (ranks < tl.load(row_ptr + 4))[None, :]
-    A_at = A_ptr + ranks[None, :] * tl.load(row_ptr + 6)
-    W_at = W_ptr + rows[:, None] * tl.load(row_ptr + 8)
+    A_at = A_ptr + ranks[None, :] * tl.multiple_of(tl.load(row_ptr + 6), 8)
+    W_at = W_ptr + rows[:, None] * tl.multiple_of(tl.load(row_ptr + 8), 8)
     sums = tl.zeros((ROWS, RANK), tl.float32)
     for start in range(span * SPAN, tl.minimum((span + 1) * SPAN, num_cols), COLS):
         at = start + cols
@@ -154,6 +156,14 @@ def _dense_cross_kernel(
         sums = tl.dot(W, A, sums, input_precision="ieee")
     at = sums_ptr + tl.load(row_ptr + 1) + (span * num_rows + rows)[:, None] * RANK
     tl.store(at + ranks[None, :], sums, mask=known[:, None])
+
+
+@jit
+def _scaled(B_at, ranks, num_ranks, known, scale, DTYPE: tl.constexpr):
+    """Some columns of sB as the product takes them, in fp32."""
+    mask = known[:, None] & (ranks < num_ranks)[None, :]
+    B = tl.load(B_at + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
+    return (B * scale).to(DTYPE).to(tl.float32)
 
 
 @jit
@@ -168,6 +178,7 @@ def _gains_kernel(
     DTYPE: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """A row of the table: first program, places of the sums C and G, spans, rows, ranks, B and its
     row stride, m, squared norms, g, s g, 1 / m."""
@@ -177,20 +188,24 @@ def _gains_kernel(
     num_rows, num_ranks = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
     rows = (program - tl.load(row_ptr)) * ROWS + tl.arange(0, ROWS)
     known, ranks = rows < num_rows, tl.arange(0, RANK)
-    cross_at = sums_ptr + tl.load(row_ptr + 1) + rows[:, None] * RANK + ranks[None, :]
-    gram_at = sums_ptr + tl.load(row_ptr + 2) + ranks[:, None] * RANK + ranks[None, :]
-    cross = tl.zeros((ROWS, RANK), tl.float32)
-    gram = tl.zeros((RANK, RANK), tl.float32)
-    for span in range(0, tl.load(row_ptr + 3)):
-        cross += tl.load(cross_at + span * num_rows * RANK, mask=known[:, None], other=0.0)
-        ours = (ranks < num_ranks)[:, None]
-        gram += tl.load(gram_at + span * num_ranks * RANK, mask=ours, other=0.0)
     B_ptr = tl.load(row_ptr + 6).to(tl.pointer_type(FACTOR))
-    B_at = B_ptr + rows[:, None] * tl.load(row_ptr + 7) + ranks[None, :]
-    mask = known[:, None] & (ranks < num_ranks)[None, :]
-    scale = tl.load(scales_ptr + part)
-    sB = (tl.load(B_at, mask=mask, other=0.0).to(tl.float32) * scale).to(DTYPE).to(tl.float32)
-    total = 2.0 * cross + tl.dot(sB, gram, input_precision="ieee")
+    B_at = B_ptr + rows[:, None] * tl.load(row_ptr + 7)
+    scale, spans = tl.load(scales_ptr + part), tl.load(row_ptr + 3)
+    sB = _scaled(B_at, ranks, num_ranks, known, scale, DTYPE)
+    cross_at = sums_ptr + tl.load(row_ptr + 1) + rows[:, None] * RANK + ranks[None, :]
+    cross = tl.zeros((ROWS, RANK), tl.float32)
+    for span in range(0, spans):
+        cross += tl.load(cross_at + span * num_rows * RANK, mask=known[:, None], other=0.0)
+    total = 2.0 * cross
+    for first in range(0, RANK, CHUNK):  # of ranks, or the product's operands would spill
+        some = first + tl.arange(0, CHUNK)
+        gram_at = sums_ptr + tl.load(row_ptr + 2) + some[:, None] * RANK + ranks[None, :]
+        gram = tl.zeros((CHUNK, RANK), tl.float32)
+        for span in range(0, spans):
+            ours = (some < num_ranks)[:, None]
+            gram += tl.load(gram_at + span * num_ranks * RANK, mask=ours, other=0.0)
+        part_sB = _scaled(B_at, some, num_ranks, known, scale, DTYPE)
+        total = tl.dot(part_sB, gram, total, input_precision="ieee")
     squared_ptr = tl.load(row_ptr + 9).to(tl.pointer_type(tl.float32))
     squared = tl.load(squared_ptr + rows, mask=known, other=0.0) + tl.sum(total * sB, axis=1)
     n = tl.sqrt(tl.maximum(squared, 0.0))
@@ -235,7 +250,8 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
             "signature": {**_TABLE, "scales_ptr": "*fp32"},
             "constexprs": {
                 **{"NUM_PARTS": 7, "FIELDS": _GAINS_FIELDS, "DTYPE": _DTYPE, "RANK": MAX_RANK},
-                **{"FACTOR": _WIDE, "LENGTH": _WIDE, "ROWS": _ROWS},
+                **{"FACTOR": _WIDE, "LENGTH": _WIDE, "ROWS": _GAIN_ROWS},
+                "CHUNK": _MIN_RANK,
             },
         }
     ],
@@ -262,10 +278,13 @@ def is_fused(each: Adapted) -> bool:
         return False
     if B.dtype not in floats or each.m.dtype not in floats:
         return False
+    dense = [A, base] if isinstance(base, Tensor) else [A]
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 for x in dense)
     if isinstance(base, Tensor):
-        return base.dtype == A.dtype and base.stride(1) == 1
+        same = base.dtype == A.dtype and base.stride(1) == 1
+        return same and aligned and base.shape[1] % 16 == 0
+    aligned &= base.codes.data_ptr() % 16 == 0
     blocks = base.blocksize, base.nested_blocksize
-    aligned = base.codes.data_ptr() % 16 == 0 and A.data_ptr() % 16 == 0 and A.stride(0) % 8 == 0
     return aligned and blocks == (BLOCKSIZE, NESTED_BLOCKSIZE) and A.shape[1] % BLOCKSIZE == 0
 
 
@@ -300,34 +319,31 @@ class GainsLaunches:
             factor = [len(A), B.data_ptr(), B.stride(0)]
             gains.append([1, cross, gram, spans, num_rows, *factor, *addresses])
         self._device = device = first.A.device
-        same = {"DTYPE": triton_dtype(first.A.dtype), "RANK": rank, "ROWS": _ROWS}
+        same = {"DTYPE": triton_dtype(first.A.dtype), "RANK": rank}
         maps = [each.base.nested_map for each in matrices if isinstance(each.base, NF4Weight)]
-        code, sizes = nf4_code(device), {"SPAN": _SPAN, **same}
+        code, sizes = nf4_code(device), {"SPAN": _SPAN, "ROWS": _ROWS, **same}
         self._launches: list[Callable[..., object]] = []
         for nested, rows in codes.items():
             numbers = next((x for x in maps if x is not None), code)
             blocks = {"BLOCKSIZE": BLOCKSIZE, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE}
             tables = {"code_ptr": code, "map_ptr": numbers, "NESTED": nested, **blocks}
-            options = {**tables, **sizes, **_CODE_OPTIONS}
-            self._add(_code_cross_kernel, rows, 2, _CODE_FIELDS, options)
-        options = {"COLS": _COLS, **sizes, **_CROSS_OPTIONS}
-        self._add(_dense_cross_kernel, dense, 2, _DENSE_FIELDS, options)
+            self._add(_code_cross_kernel, rows, 2, {**tables, **sizes, **_CODE_OPTIONS})
+        self._add(_dense_cross_kernel, dense, 2, {"COLS": _COLS, **sizes, **_CROSS_OPTIONS})
         scales = torch.tensor([float(each.scale) for each in matrices], device=device)
         kinds = {"FACTOR": triton_dtype(first.B.dtype), "LENGTH": triton_dtype(first.m.dtype)}
-        self._add(_gains_kernel, gains, 4, _GAINS_FIELDS, {"scales_ptr": scales, **kinds, **same})
+        tables = {"scales_ptr": scales, "ROWS": _GAIN_ROWS, "CHUNK": _MIN_RANK}
+        self._add(_gains_kernel, gains, 4, {**tables, **kinds, **same})
 
-    def _add(
-        self, kernel: Any, rows: list[list[int]], size: int, fields: int, options: dict[str, Any]
-    ) -> None:
+    def _add(self, kernel: Any, rows: list[list[int]], size: int, options: dict[str, Any]) -> None:
         """A launch for rows of a table, whose first field is how many programs a tile of matrix
-        rows takes, and field `size` their number."""
+        rows takes, and field `size` the number of these rows."""
         programs = 0
         for row in rows:
-            own = row[0] * -(-row[size] // _ROWS)
+            own = row[0] * -(-row[size] // options["ROWS"])
             row[0] = programs
             programs += own
         table = torch.tensor(rows, device=self._device)
-        options |= {"NUM_PARTS": len(rows), "FIELDS": fields}
+        options |= {"NUM_PARTS": len(rows), "FIELDS": len(rows[0])}
         self._launches.append(partial(kernel[(programs,)], table_ptr=table, **options))
 
     def run(self) -> None:

@@ -181,25 +181,26 @@ def mlp_backward(
     dgate, dup = d_gate_up[:, :ffn], d_gate_up[:, ffn : 2 * ffn]
     masks, down_masks = saved.masks_of("gate_up", rows), saved.masks_of("down", rows)
     gate, up = _gate_and_up(layer, d_gate_up, n2, saved, masks)
-    dots = layer.down.output_dots(dy, None if saved.m is None else saved.m[rows])
+    y = saved.m[rows] if layer.down.is_dora else None
+    down = layer.down.output_sums(dy, y, saved.lows["down"][rows])
     if not (need_dn2 or grads.wants("gate_up")):
         product = glu_fwd(gate, up, activation)
-        grads.add("down", dy, product, saved, rows, Sums(dots=dots))
+        grads.add("down", dy, product, saved, rows, down)
         return None
     dproduct = layer.down.input_gradient(dy, down_masks)
     is_dora, bias = layer.gate_up.is_dora, layer.gate_up.bias
     if masks or down_masks:
         glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
-        grads.add("down", dy, dproduct, saved, rows, Sums(dots=dots))  # by now the product itself
+        grads.add("down", dy, dproduct, saved, rows, down)  # by now the product itself
         sums = Sums(dots=glu_dots((dgate, dup), (gate, up), bias) if is_dora else None)
     else:
         v, low = dy[:, layer.down.N :], saved.lows["gate_up"][rows]
         ranks = Ranks(*layer.down.shape.ranks, *layer.gate_up.shape.ranks)
-        dA, *dBs, glu = glu_lora_bwd(
+        dA, *dBs, dots = glu_lora_bwd(
             *(dproduct, gate, up, activation, v, low, ranks, (dgate, dup), is_dora, bias)
         )
-        grads.add("down", dy, None, saved, rows, Sums(dA=dA, dots=dots))
-        sums = Sums(dB=dBs, dots=glu)
+        grads.add("down", dy, None, saved, rows, down._replace(dA=dA))
+        sums = Sums(dB=dBs, dots=dots)
     del dproduct, gate, up
     layer.gate_up.spread(d_gate_up)
     grads.add("gate_up", d_gate_up, n2, saved, rows, sums)

@@ -46,7 +46,6 @@ from sloth.kernels.ops.add_rms_norm import add_rms_norm_fwd
 from sloth.kernels.ops.rms_norm import rms_norm_bwd
 from sloth.kernels.rows import as_rows
 from sloth.kernels.saved import Gradients, Saved
-from sloth.kernels.stacked import Sums
 
 WIRING = Wiring(norms=("input_layernorm", "post_attention_layernorm"))
 
@@ -163,19 +162,19 @@ class LlamaBlockFunction(torch.autograd.Function):
 
         # h = x + P_o(o)
         layer.o.spread(dh)
-        dots = layer.o.output_dots(dh, a)
+        sums = layer.o.output_sums(dh, a, saved.lows["o"])
         del a
-        grads.add("o", dh, halves.merged(o), saved, sums=Sums(dots=dots))
+        grads.add("o", dh, halves.merged(o), saved, sums=sums)
         if not into_attention:
             return None, None, None, *grads.in_order()
         do = layer.o.input_gradient(dh, saved.masks_of("o"))
 
         # o = attention(q, k, v);  q, k, v = P(n1);  n1 = norm(x), and x reaches h directly too
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
-        dots = layer.qkv.output_dots(dqkv, qkv)
+        sums = layer.qkv.output_sums(dqkv, qkv, saved.lows["qkv"])
         del do, qkv, o
         rstd1 = saved.rstds[1]
-        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, sums=Sums(dots=dots))
+        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, sums=sums)
         dx = None
         if need_dx:
             dn1 = layer.qkv.input_gradient(dqkv, saved.masks_of("qkv"))

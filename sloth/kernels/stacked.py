@@ -35,7 +35,8 @@ from torch import Tensor
 from sloth.kernels.gains import GainsPart
 from sloth.kernels.normed import Normed
 from sloth.kernels.ops.batch import CopyPart, NF4Part
-from sloth.kernels.ops.dora import Gains, column_dots
+from sloth.kernels.ops.dora import Gains
+from sloth.kernels.ops.dora_sums import output_sums
 from sloth.kernels.ops.lora_linear import LoraOperands
 from sloth.kernels.ops.nf4 import NF4Weight
 from sloth.kernels.ops.thin_products import copy_low
@@ -121,12 +122,15 @@ class LoraStack:
     def _gains_at(self, slot: Slot) -> Tensor | None:
         return None if self.gains is None else self.gains.rows[slot.rows]
 
-    def output_dots(self, dy: Tensor, y: Tensor | None) -> Tensor | None:
-        """sum dY (Y - b) [N] of dy and y [n, N or more], of a stack with DoRA."""
+    def output_sums(self, dy: Tensor, y: Tensor | None, low: Tensor) -> Sums:
+        """What dy, y [n, N or more] and U [n, R] give: dots of a stack with DoRA, and dB where it
+        comes along; nothing of another stack."""
         if not self.is_dora:
-            return None
+            return _NO_SUMS
         assert y is not None
-        return column_dots(dy[:, : self.N], y[:, : self.N], self.bias)
+        dots, dB = output_sums(dy[:, : self.N], y[:, : self.N], self.bias, low, self.num_ranks)
+        dBs = None if dB is None else [dB[slot.rows, slot.ranks] for slot in self.slots]
+        return Sums(dB=dBs, dots=dots)
 
     # -- the two directions ----------------------------------------------------------------------
 

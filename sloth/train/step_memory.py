@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from sloth.kernels.context import Keep
+from sloth.kernels.ops.dora_gains import SPAN
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.kernels.ops.thin_products import MAX_RANK
 from sloth.kernels.stack_shape import padded
@@ -60,8 +61,8 @@ class StepMemory:
 
     def _scratch_bytes(self) -> int:
         """Of matrices unpacked, or copied for DoRA's gains, into what all layers share; other dense
-        ones live in scratch of their own, whose padding alone is new. DoRA: gains, squared norms,
-        and what taking them holds. With copies in 8 bits, of A and B alone."""
+        ones live in scratch of their own, whose padding alone is new. DoRA: three numbers and a
+        squared norm a row, and what taking them holds. With copies in 8 bits, of A and B alone."""
         s, total = self.sizes, 0
         parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, s.shapes, strict=True)
         for (outputs, inputs), rank, scratch, is_dora, shapes in parts:
@@ -72,7 +73,7 @@ class StepMemory:
             else:
                 total += s.num_layers * (scratch - outputs * inputs * s.element)
             if is_dora:
-                total += 4 * outputs * (3 * s.num_layers + 3 * rank)
+                total += 4 * outputs * (4 * s.num_layers + max(3, -(-inputs // SPAN)) * rank)
         return total
 
     # -- what a layer keeps ----------------------------------------------------------------------
@@ -137,8 +138,8 @@ class StepMemory:
             rows * (kept + 2 * s.hidden + padded(s.hidden + g_in)),
             rows * (kept + 2 * s.hidden + g + d)
             + tile * (padded(s.hidden + g_in) + 2 * s.ffn + padded(s.ffn + d_in))
-            + (tile * s.hidden if tile < rows or s.dora[3] else 0)
-            + (rows * s.hidden if s.dora[3] else 0),
+            + (tile * s.hidden if tile < rows else 0)
+            + (rows * s.hidden if s.dora[1] or s.dora[3] else 0),
         )
         casts = (rows * s.hidden, rows * s.queries, 0, tile * s.ffn)
         held = [m * s.element + s.fp8 * c for m, c in zip(moments, casts, strict=True)]
@@ -160,10 +161,12 @@ class StepMemory:
         mlp_tile = padded(s.hidden + d) + padded(2 * s.ffn + g)
         # The MLP's input is made again where gate or up is, or where its sum with V is not formed
         # on the way (`ops/thin_products.py`).
-        if not keep.up or g > MAX_RANK or s.dora[2] or s.element > 2:
+        sums_apart = g > MAX_RANK or s.element > 2
+        if not keep.up or sums_apart:
             mlp_tile += padded(s.hidden + g_in)
-        # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
-        apart = s.dora[2] * (not keep.up) * 2 * s.ffn
+        # DoRA reads gate and up beside their gradients, where its dots do not come along with sums
+        # (`ops/glu_lora.py`), and P_o's output beside h.
+        apart = s.dora[2] * (not keep.up) * (sums_apart or d > MAX_RANK) * 2 * s.ffn
         remade_h += s.dora[1] * s.hidden
         mlp = rows * (remade + remade_h) + into_h + tile * (mlp_tile + apart)
         # The gradient of gate times up; in 8 bits, or what is made again before it finds its place,
@@ -176,7 +179,7 @@ class StepMemory:
         turned = self._turned_width + s.queries + s.qkv
         turned += max(self._attention_sums, s.qkv + padded(s.qkv + q))
         attention = rows * (remade + turned) + into_h
-        end = rows * (padded(s.qkv + q) + 3 * s.hidden + s.dora[0] * remade) + into_h
+        end = rows * (padded(s.qkv + q) + 3 * s.hidden) + into_h
         held = max(
             to_h * s.element + s.fp8 * rows * s.queries,
             mlp * s.element + tile * max(mlp_works),

@@ -8,6 +8,7 @@ from torch import Tensor
 from sloth.kernels.engine import forced_engine
 from sloth.kernels.ops.dora import Gains, adapted_norms, squared_row_norms
 from sloth.kernels.ops.dora_gains import Adapted, GainsLaunches, is_fused
+from sloth.kernels.ops.dora_sums import output_sums
 from sloth.kernels.ops.glu_lora import Ranks
 from sloth.kernels.ops.nf4 import nf4_dequantize_reference
 from sloth.kernels.ops.post_norm import post_norm_fwd
@@ -69,6 +70,25 @@ def gains_of_codes_and_dense_matrices(dtype: torch.dtype) -> None:
         for each, truth in zip(matrices, truths, strict=True):
             for ours, theirs in zip(each.gains, truth, strict=True):
                 torch.testing.assert_close(ours, theirs, **tolerance.FP32_SAME_MATHS)
+
+
+@case
+def dots_bring_the_gradient_of_B(dtype: torch.dtype) -> None:
+    half = torch.float16  # of fp32 they stay apart
+    for rows, cols, rank in ((5, 70, 3), (530, 33, 17), (1, 64, 64)):
+        dy, y = (wide(rows, cols, 6 * i, i, half, "cpu") for i in (1, 2))
+        low = padded_ranks(rows, rank, 3, half, "cpu")
+        for bias in (None, randn(cols, seed=4, dtype=half)):
+            with forced_engine("triton"), nan_poisoned_empty():
+                dots, dB = output_sums(dy, y, bias, low, rank)
+            with forced_engine("torch"):
+                expected, apart = output_sums(dy, y, bias, low, rank)
+            assert dB is not None and apart is None and len(dB) == cols
+            torch.testing.assert_close(dots, expected, **tolerance.FP32_COLUMN_SUMS)
+            product = dy.float().T @ low.float()
+            columns = dB.shape[1]
+            assert columns >= rank
+            torch.testing.assert_close(dB, product[:, :columns], **tolerance.FP32_COLUMN_SUMS)
 
 
 @case

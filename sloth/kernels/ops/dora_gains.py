@@ -33,7 +33,7 @@ from sloth.kernels.rows import next_power_of_2
 # More leave no registers for the tile; fewer are no matrix instruction.
 MAX_RANK, _MIN_RANK = 64, 16
 # Rows of a program's tile; columns that it sums: 1664 programs of one length for an 8B layer.
-_ROWS, _SPAN = 64, 2048
+_ROWS, SPAN = 64, 2048
 _COLS = 64
 # Rows whose gains a program takes.
 _GAIN_ROWS = 32
@@ -213,10 +213,12 @@ def _gains_kernel(
     m = tl.load(m_ptr + rows, mask=known, other=0.0).to(tl.float32)
     gains = tl.where(n > 0.0, m / tl.where(n > 0.0, n, 1.0), 0.0)
     inverse = tl.where(m != 0.0, 1.0 / tl.where(m != 0.0, m, 1.0), 0.0)
-    out = tl.pointer_type(tl.float32)
-    tl.store(tl.load(row_ptr + 10).to(out) + rows, gains, mask=known)
-    tl.store(tl.load(row_ptr + 11).to(out) + rows, gains * scale, mask=known)
-    tl.store(tl.load(row_ptr + 12).to(out) + rows, inverse, mask=known)
+    gains_ptr = tl.load(row_ptr + 10).to(tl.pointer_type(tl.float32))
+    scaled_ptr = tl.load(row_ptr + 11).to(tl.pointer_type(tl.float32))
+    inverse_ptr = tl.load(row_ptr + 12).to(tl.pointer_type(tl.float32))
+    tl.store(gains_ptr + rows, gains, mask=known)
+    tl.store(scaled_ptr + rows, gains * scale, mask=known)
+    tl.store(inverse_ptr + rows, inverse, mask=known)
 
 
 _DTYPE = tl.bfloat16 if HAS_TRITON else None
@@ -229,7 +231,7 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
             "constexprs": {
                 **{"NUM_PARTS": 7, "FIELDS": _CODE_FIELDS, "DTYPE": _DTYPE, "NESTED": True},
                 **{"BLOCKSIZE": BLOCKSIZE, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE},
-                **{"RANK": rank, "ROWS": _ROWS, "SPAN": _SPAN},
+                **{"RANK": rank, "ROWS": _ROWS, "SPAN": SPAN},
             },
             "options": _CODE_OPTIONS,
         }
@@ -240,7 +242,7 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
             "signature": _TABLE,
             "constexprs": {
                 **{"NUM_PARTS": 14, "FIELDS": _DENSE_FIELDS, "DTYPE": _DTYPE, "RANK": MAX_RANK},
-                **{"ROWS": _ROWS, "COLS": _COLS, "SPAN": _SPAN},
+                **{"ROWS": _ROWS, "COLS": _COLS, "SPAN": SPAN},
             },
             "options": _CROSS_OPTIONS,
         }
@@ -302,7 +304,7 @@ class GainsLaunches:
         gains: list[list[int]] = []
         for base, A, B, m, squared, _, own in matrices:
             num_rows, num_cols = len(B), A.shape[1]
-            spans = -(-num_cols // _SPAN)
+            spans = -(-num_cols // SPAN)
             cross, gram = self._num_sums, self._num_sums + spans * num_rows * rank
             self._num_sums = gram + spans * len(A) * rank
             tail = [num_cols, len(A), A.data_ptr(), A.stride(0)]
@@ -321,7 +323,7 @@ class GainsLaunches:
         self._device = device = first.A.device
         same = {"DTYPE": triton_dtype(first.A.dtype), "RANK": rank}
         maps = [each.base.nested_map for each in matrices if isinstance(each.base, NF4Weight)]
-        code, sizes = nf4_code(device), {"SPAN": _SPAN, "ROWS": _ROWS, **same}
+        code, sizes = nf4_code(device), {"SPAN": SPAN, "ROWS": _ROWS, **same}
         self._launches: list[Callable[..., object]] = []
         for nested, rows in codes.items():
             numbers = next((x for x in maps if x is not None), code)

@@ -47,8 +47,9 @@ class GainsBatch:
         self._apart: dict[int, NF4Batch] = {}
         for i, (part, each) in enumerate(zip(self.parts, self._matrices, strict=True)):
             if not any(each is other for other in fused):
-                coded = isinstance(each.base, NF4Weight)
-                self._apart[i] = NF4Batch([NF4Part(each.base, part.place)] if coded else [])
+                base = each.base
+                codes = [NF4Part(base, part.place)] if isinstance(base, NF4Weight) else []
+                self._apart[i] = NF4Batch(codes)
 
     @torch.no_grad()
     def run(self) -> None:

@@ -117,7 +117,7 @@ class FusedLayer:
         self._copies = CopyBatch([part for stack in every for part in stack.copies()])
         # Taken before each forward.
         self._gains = GainsBatch([p for s in every if isinstance(s, Stack) for p in s.gain_parts()])
-        self.is_dora = any(stack.is_dora for stack in every)
+        self.is_dora: bool = any(stack.is_dora for stack in every)
         if resident and self.is_dora:
             raise KernelUnavailable("a layer with DoRA cannot stay unpacked: its rows are scaled")
         if resident:

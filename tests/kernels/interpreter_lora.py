@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sloth.kernels.engine import forced_engine
-from sloth.kernels.ops.dora import Gains, adapted_norms, squared_row_norms
-from sloth.kernels.ops.dora_gains import Adapted, GainsLaunches, is_fused
+from sloth.kernels.ops.dora_gains import GainsLaunches, is_fused
 from sloth.kernels.ops.dora_sums import output_sums
 from sloth.kernels.ops.glu_lora import Ranks
-from sloth.kernels.ops.nf4 import nf4_dequantize_reference
 from sloth.kernels.ops.post_norm import post_norm_fwd
 from sloth.kernels.ops.rms_norm import rms_norm_fwd
 from sloth.kernels.ops.thin_products import norm_sum, sums_norms
-from sloth.quant.nf4 import quantize_nf4
 from tests import tolerance
 from tests.kernels.common import nan_poisoned_empty, randn
 from tests.kernels.interpreter import case
+from tests.kernels.test_dora_gains import SHAPES, adapted, truth
 from tests.kernels.test_thin_products import (
     glu_inputs,
     glu_sums,
@@ -45,30 +42,13 @@ def glu_sums_of_several_parts_and_odd_ranks(dtype: torch.dtype) -> None:
 
 @case
 def gains_of_codes_and_dense_matrices(dtype: torch.dtype) -> None:
-    """Several spans, tails of rows, matrices of both kinds, ranks that differ."""
-    shapes = ((70, 2176, 3), (5, 64, 17), (64, 112, 4), (130, 2112, 16))
     for double_quant in (False, True):
-        matrices, truths = [], []
-        for seed, (rows, cols, rank) in enumerate(shapes):
-            W, A = randn(rows, cols, seed=seed, dtype=dtype), wide(rank, cols, 4, 9, dtype, "cpu")
-            base = quantize_nf4(W, double_quant) if seed != 2 else W
-            room = torch.zeros(rank, cols + 64, dtype=dtype)
-            own = room[:, : A.shape[1]].copy_(A)
-            B, m = randn(rows, rank, seed=20 + seed), randn(rows, seed=40 + seed)
-            m[0] = 0.0
-            W = base if isinstance(base, Tensor) else nf4_dequantize_reference(base, dtype)
-            squared = squared_row_norms(base, torch.float32)
-            gains = Gains(*torch.full((3, rows), float("nan")))
-            matrices.append(Adapted(base, own, B, m, squared, 0.5, gains))
-            truth = Gains(*torch.empty(3, rows))
-            norms = adapted_norms(W, own, (B * 0.5).to(dtype), squared)
-            truth.put(m, norms, 0.5)
-            truths.append(truth)
+        matrices = adapted(SHAPES, dtype, double_quant, "cpu")
         with forced_engine("triton"), nan_poisoned_empty():
             assert all(map(is_fused, matrices))
             GainsLaunches(matrices).run()
-        for each, truth in zip(matrices, truths, strict=True):
-            for ours, theirs in zip(each.gains, truth, strict=True):
+        for each in matrices:
+            for ours, theirs in zip(each.gains, truth(each, torch.float32), strict=True):
                 torch.testing.assert_close(ours, theirs, **tolerance.FP32_SAME_MATHS)
 
 

@@ -20,7 +20,8 @@ ones live in a scratch of their own, `weight` a view of it, so that nothing is c
 
 DoRA multiplies the rows of W and sB by gains (`ops/dora.py`), which stand in the scratch already:
 nothing above changes, but that dB gets its gains as well, and that the magnitudes' gradient wants
-the outputs Y beside dY, summed over the same rows as dB. Such a stack copies dense matrices too: a gain belongs to one step.
+the outputs Y beside dY, over the same rows as dB. Such a stack copies dense matrices too: a gain
+belongs to one step.
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; block products by hand.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sloth.kernels import llama as twin
 from sloth.kernels.engine import forced_engine
 from sloth.kernels.ops.dora_gains import GainsLaunches, is_fused
 from sloth.kernels.ops.dora_sums import output_sums
@@ -11,10 +12,14 @@ from sloth.kernels.ops.glu_lora import Ranks
 from sloth.kernels.ops.post_norm import post_norm_fwd
 from sloth.kernels.ops.rms_norm import rms_norm_fwd
 from sloth.kernels.ops.thin_products import norm_sum, sums_norms
+from sloth.lora import is_lora_name
+from sloth.quant.linear4bit import Linear4bit
 from tests import tolerance
 from tests.kernels.common import nan_poisoned_empty, randn
 from tests.kernels.interpreter import case
+from tests.kernels.test_dora import with_magnitudes
 from tests.kernels.test_dora_gains import SHAPES, adapted, truth
+from tests.kernels.test_llama_twin import SMALL, build, context_of, hidden_of, run_both_ways
 from tests.kernels.test_thin_products import (
     glu_inputs,
     glu_sums,
@@ -50,6 +55,25 @@ def gains_of_codes_and_dense_matrices(dtype: torch.dtype) -> None:
         for each in matrices:
             for ours, theirs in zip(each.gains, truth(each, torch.float32), strict=True):
                 torch.testing.assert_close(ours, theirs, **tolerance.FP32_SAME_MATHS)
+
+
+@case
+def a_layer_with_dora(dtype: torch.dtype) -> None:
+    """Codes of whole blocks, biases everywhere: every launch of a layer's forward and backward."""
+    sizes = SMALL | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    results = []
+    for engine in ("triton", "torch"):
+        block = with_magnitudes(build(sizes, base=Linear4bit, bias=True, dtype=torch.float32))
+        for name, parameter in block.named_parameters():
+            if parameter.is_floating_point() and not is_lora_name(name):
+                parameter.data = parameter.data.to(dtype)
+        hidden, context = hidden_of(sizes, 5, dtype=dtype), context_of(sizes, 5, dtype)
+        with forced_engine(engine), nan_poisoned_empty():
+            results.append(run_both_ways(twin.block, block, hidden, context))
+    allowed = tolerance.FP32_CHAIN if dtype == torch.float32 else tolerance.FP16_DORA_LAYER
+    for name, theirs in results[1].items():
+        ours, length = results[0][name].float(), theirs.float().abs().max()
+        torch.testing.assert_close(ours / length, theirs.float() / length, **allowed, msg=name)
 
 
 @case

@@ -150,6 +150,11 @@ class Projection(OpModule):
         if dtype is not None:
             self._held_factors = lora.A.detach().to(dtype), lora.B.detach().to(dtype)
 
+    @property
+    def held_norms(self) -> Tensor | None:
+        """DoRA's norms as they are held, None while they follow the factors."""
+        return self._held_norms
+
     def release_adapter(self) -> None:
         """Follow the factors again."""
         self._held_norms = self._held_factors = None

@@ -152,7 +152,8 @@ class Gemma2BlockFunction(torch.autograd.Function):
             *(dh, a, norm2.weight, saved.rstds[2], norm2.offset, False), out=da[:, : layer.o.N]
         )
         layer.o.spread(da)
-        grads.add("o", da, halves.merged(o), saved, outputs=layer.o.output_parts(a))
+        sums = layer.o.output_sums(da, a, saved.lows["o"])
+        grads.add("o", da, halves.merged(o), saved, sums=sums)
         if not into_attention:
             return None, None, None, *grads.in_order()
         do = layer.o.input_gradient(da, saved.masks_of("o"))
@@ -160,11 +161,10 @@ class Gemma2BlockFunction(torch.autograd.Function):
 
         # o = attention(q, k, v);  q, k, v = P(n1);  n1 = norm1(x), and x reaches h directly too
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
-        outputs = layer.qkv.output_parts(qkv)
+        sums = layer.qkv.output_sums(dqkv, qkv, saved.lows["qkv"])
         del do, qkv, o
         rstd1 = saved.rstds[1]
-        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, outputs=outputs)
-        del outputs
+        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, sums=sums)
         dx = None
         if need_dx:
             dn1 = layer.qkv.input_gradient(dqkv, saved.masks_of("qkv"))

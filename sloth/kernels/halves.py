@@ -24,7 +24,7 @@ from sloth.kernels.layer import FusedLayer
 from sloth.kernels.normed import Normed
 from sloth.kernels.ops.attention import attention_bwd, attention_fwd
 from sloth.kernels.ops.glu import glu_bwd, glu_fwd
-from sloth.kernels.ops.glu_lora import Ranks, glu_lora_bwd
+from sloth.kernels.ops.glu_lora import Ranks, glu_dots, glu_lora_bwd
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from sloth.kernels.ops.rope import rope_bwd, rope_fwd
 from sloth.kernels.saved import Gradients, Saved
@@ -182,26 +182,29 @@ def mlp_backward(
     dgate, dup = d_gate_up[:, :ffn], d_gate_up[:, ffn : 2 * ffn]
     masks, down_masks = saved.masks_of("gate_up", rows), saved.masks_of("down", rows)
     gate, up = _gate_and_up(layer, d_gate_up, n2, saved, masks)
-    y = layer.down.output_parts(saved.m[rows]) if layer.down.is_dora else None
+    y = saved.m[rows] if layer.down.is_dora else None
+    down = layer.down.output_sums(dy, y, saved.lows["down"][rows])
     if not (need_dn2 or grads.wants("gate_up")):
-        grads.add("down", dy, glu_fwd(gate, up, activation), saved, rows, y)
+        product = glu_fwd(gate, up, activation)
+        grads.add("down", dy, product, saved, rows, down)
         return None
     dproduct = layer.down.input_gradient(dy, down_masks)
-    if masks or down_masks or layer.gate_up.is_dora or layer.down.is_dora:
+    is_dora, bias = layer.gate_up.is_dora, layer.gate_up.bias
+    if masks or down_masks:
         glu_bwd(dproduct, gate, up, activation, outs=(dgate, dup, dproduct))
-        grads.add("down", dy, dproduct, saved, rows, y)  # by now the product itself
-        sums = Sums()
+        grads.add("down", dy, dproduct, saved, rows, down)  # by now the product itself
+        sums = Sums(dots=glu_dots((dgate, dup), (gate, up), bias) if is_dora else None)
     else:
         v, low = dy[:, layer.down.N :], saved.lows["gate_up"][rows]
         ranks = Ranks(*layer.down.shape.ranks, *layer.gate_up.shape.ranks)
-        dA, *dBs = glu_lora_bwd(dproduct, gate, up, activation, v, low, ranks, (dgate, dup))
-        grads.add("down", dy, None, saved, rows, sums=Sums(dA=dA))
-        sums = Sums(dB=dBs)
-    outputs = (gate, up) if layer.gate_up.is_dora else None
+        dA, *dBs, dots = glu_lora_bwd(
+            *(dproduct, gate, up, activation, v, low, ranks, (dgate, dup), is_dora, bias)
+        )
+        grads.add("down", dy, None, saved, rows, down._replace(dA=dA))
+        sums = Sums(dB=dBs, dots=dots)
     del dproduct, gate, up
     layer.gate_up.spread(d_gate_up)
-    grads.add("gate_up", d_gate_up, n2, saved, rows, outputs, sums)
-    del outputs
+    grads.add("gate_up", d_gate_up, n2, saved, rows, sums)
     return layer.gate_up.input_gradient(d_gate_up, masks) if need_dn2 else None
 
 
@@ -209,12 +212,12 @@ def _gate_and_up(
     layer: FusedLayer, d_gate_up: Tensor, n2: Normed, saved: Saved, masks: Masks
 ) -> tuple[Tensor, Tensor]:
     """Both products of the MLP [n, F], made again where they were not kept: into the places of
-    their gradients, which take over element by element; DoRA reads both."""
+    their gradients, which take over element by element. With dropout DoRA reads both afterwards."""
     if saved.up is not None:
         return saved.gate, saved.up
     ffn = layer.down.K
     room = d_gate_up[:, : 2 * ffn]
-    if layer.gate_up.is_dora:
+    if layer.gate_up.is_dora and (saved.masks.get("gate_up") or saved.masks.get("down")):
         room = d_gate_up.new_empty(len(d_gate_up), 2 * ffn)
     if saved.gate is not None:
         layer.gate_up.forward(n2.wide, masks, out=room[:, ffn:], member=1)

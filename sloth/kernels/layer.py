@@ -26,9 +26,11 @@ from sloth.kernels.fp8 import (
     stamp,
     version_of,
 )
+from sloth.kernels.gains import GainsBatch
 from sloth.kernels.handover import Handover
 from sloth.kernels.offload import HostStash
 from sloth.kernels.ops.batch import CopyBatch, NF4Batch
+from sloth.kernels.ops.dora import Gains
 from sloth.kernels.ops.glu import Activation
 from sloth.kernels.ops.rms_norm import Norm
 from sloth.kernels.rows import compute_dtype
@@ -111,11 +113,10 @@ class FusedLayer:
         every = list(self.stacks.values())
         self._codes = NF4Batch([part for stack in every for part in stack.codes()])
         self._copies = CopyBatch([part for stack in every for part in stack.copies()])
-        # Of these the gains are taken, from the matrices without them, before each forward.
-        self._dora = [stack for stack in every if stack.is_dora]
-        self._bare_codes = NF4Batch([p for s in self._dora for p in s.codes(with_gains=False)])
-        self._bare_copies = CopyBatch([p for s in self._dora for p in s.copies(with_gains=False)])
-        if resident and self._dora:
+        # Taken before each forward.
+        self._gains = GainsBatch([p for s in every if isinstance(s, Stack) for p in s.gain_parts()])
+        self.is_dora: bool = any(stack.is_dora for stack in every)
+        if resident and self.is_dora:
             raise KernelUnavailable("a layer with DoRA cannot stay unpacked: its rows are scaled")
         if resident:
             if like is None:
@@ -133,11 +134,6 @@ class FusedLayer:
     def keeps_raw_qkv(self) -> bool:
         """Whether the products before RoPE are wanted again: by norms of q and k, or by DoRA."""
         return self.qk_norms is not None or self.qkv.is_dora
-
-    @property
-    def is_dora(self) -> bool:
-        """Whether a projection has magnitudes."""
-        return bool(self._dora)
 
     @property
     def unpacked(self) -> list[Tensor]:
@@ -173,16 +169,9 @@ class FusedLayer:
         return [_state(member) for member in self.members]
 
     def fill(self) -> None:
-        """Unpack the codes and write A and B as they are now: two launches.
-
-        With DoRA they come twice, for the gains are taken from the matrices themselves; dense ones
-        are read where they lie, and copied once.
-        """
-        if self._dora:
-            self._bare_codes.run()
-            self._bare_copies.run()
-            for stack in self._dora:
-                stack.take_gains()
+        """Unpack the codes and write A and B as they are now, with DoRA's gains of now: two
+        launches, seven with gains."""
+        self._gains.run()
         self.refill()
 
     def refill(self) -> None:
@@ -342,7 +331,7 @@ def _prepare_stack(
         return workspace.fp8_stack(name, members, shape, dtype)
     gains = None
     if is_dora:
-        gains = torch.empty(shape.num_outputs, dtype=compute_dtype(dtype), device=device)
+        gains = Gains(*torch.empty(3, shape.num_outputs, dtype=compute_dtype(dtype), device=device))
     if workspace is not None and (is_dora or not any(isinstance(base, Tensor) for base in bases)):
         return Stack(members, shape, workspace.scratch(name, shape, dtype, device), gains)
     scratch = shape.scratch(dtype, device)

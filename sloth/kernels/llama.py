@@ -79,7 +79,7 @@ class LlamaBlockFunction(torch.autograd.Function):
         # h = x + P_o(o);  y = h + MLP(norm(h))
         if keep.hidden and layer.o.is_dora:
             saved.a = delta
-        if keep.tile_tokens is None and not layer.down.is_dora:
+        if keep.tile_tokens is None:
             n2 = layer.gate_up.new_input(len(x_ND))
             out = n2[:, : layer.gate_up.K]
             _, h, rstd2 = add_rms_norm_fwd(
@@ -87,7 +87,9 @@ class LlamaBlockFunction(torch.autograd.Function):
             )
             saved.put_rstd(2, rstd2)
             del delta
-            y = halves.mlp(layer, n2, keep, saved, slice(0, len(h)), add=h)
+            add = None if layer.down.is_dora else h
+            y = halves.mlp(layer, n2, keep, saved, slice(0, len(h)), add=add)
+            del n2
         else:
             h = delta + x_ND if layer.o.is_dora else delta.add_(x_ND)
             del delta
@@ -97,8 +99,8 @@ class LlamaBlockFunction(torch.autograd.Function):
                 saved.put_rstd(2, rstd2, rows)
                 add = None if layer.down.is_dora else h[rows]
                 y[rows] = halves.mlp(layer, n2, keep, saved, rows, add=add)
-            if layer.down.is_dora:
-                saved.m, y = y, h + y
+        if layer.down.is_dora:
+            saved.m, y = y, h + y
         if keep.hidden and not layer.o.is_dora:
             saved.h = h
         saved.store(ctx, matrices, keep.offload)
@@ -129,8 +131,8 @@ class LlamaBlockFunction(torch.autograd.Function):
         if h is None:
             a = halves.project_o(layer, o, saved) if a is None else a
             h = a + x if layer.o.is_dora else a.add_(x)
-        outputs = layer.o.output_parts(a) if layer.o.is_dora else None
-        del a
+        if not layer.o.is_dora:
+            a = None
 
         # y = h + MLP(n2);  n2 = norm(h), and h reaches y directly too
         dh = layer.o.new_output_gradient(len(x))
@@ -160,19 +162,19 @@ class LlamaBlockFunction(torch.autograd.Function):
 
         # h = x + P_o(o)
         layer.o.spread(dh)
-        grads.add("o", dh, halves.merged(o), saved, outputs=outputs)
-        del outputs
+        sums = layer.o.output_sums(dh, a, saved.lows["o"])
+        del a
+        grads.add("o", dh, halves.merged(o), saved, sums=sums)
         if not into_attention:
             return None, None, None, *grads.in_order()
         do = layer.o.input_gradient(dh, saved.masks_of("o"))
 
         # o = attention(q, k, v);  q, k, v = P(n1);  n1 = norm(x), and x reaches h directly too
         dqkv = halves.attend_backward(layer, do, qkv, o, ctx.shape, context, saved)
-        outputs = layer.qkv.output_parts(qkv)
+        sums = layer.qkv.output_sums(dqkv, qkv, saved.lows["qkv"])
         del do, qkv, o
         rstd1 = saved.rstds[1]
-        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, outputs=outputs)
-        del outputs
+        grads.add("qkv", dqkv, Normed(layer.qkv, norm1, x, rstd1), saved, sums=sums)
         dx = None
         if need_dx:
             dn1 = layer.qkv.input_gradient(dqkv, saved.masks_of("qkv"))

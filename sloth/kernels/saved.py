@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sloth.kernels.layer import FusedLayer
 from sloth.kernels.normed import Normed
-from sloth.kernels.stacked import Factors, LoraStack, Masks, Outputs, Sums
+from sloth.kernels.stacked import Factors, LoraStack, Masks, Sums
 
 _NO_SUMS = Sums()
 _KEPT = ("x", "qkv", "o", "h", "a", "m", "gate", "up")
@@ -145,19 +145,17 @@ class Gradients:
         x: Tensor | Normed | None,
         saved: Saved,
         rows: slice = slice(None),
-        outputs: Outputs = None,
         sums: Sums = _NO_SUMS,
     ) -> None:
         """Add what some rows give: dy [n, N + R] spread, x [n, K or more] the stack's input.
 
-        outputs: Y of its members [n, their N], for a stack with DoRA. sums: those that are formed
-        already; x may be None where dA is.
+        sums: those that are formed already; x may be None where dA is.
         """
         if not self.wants(name):
             return
         stack: LoraStack = self._stacks[name]
         low, masks = saved.lows[name][rows], saved.masks_of(name, rows)
-        new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], outputs, sums)
+        new = stack.factor_gradients(dy, x, low, masks, self._wanted[name], sums)
         old = self._factors.get(name)
         self._factors[name] = new if old is None else [*map(_added, old, new)]
 

@@ -20,7 +20,8 @@ ones live in a scratch of their own, `weight` a view of it, so that nothing is c
 
 DoRA multiplies the rows of W and sB by gains (`ops/dora.py`), which stand in the scratch already:
 nothing above changes, but that dB gets its gains as well, and that the magnitudes' gradient wants
-the outputs Y beside dY. Such a stack copies dense matrices too: a gain belongs to one step.
+the outputs Y beside dY, over the same rows as dB. Such a stack copies dense matrices too: a gain
+belongs to one step.
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; block products by hand.
 """
 
@@ -32,9 +33,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sloth.kernels.gains import GainsPart
 from sloth.kernels.normed import Normed
 from sloth.kernels.ops.batch import CopyPart, NF4Part
-from sloth.kernels.ops.dora import adapted_norms, gains_of, magnitude_gradient
+from sloth.kernels.ops.dora import Gains
+from sloth.kernels.ops.dora_sums import output_sums
 from sloth.kernels.ops.lora_linear import LoraOperands
 from sloth.kernels.ops.nf4 import NF4Weight
 from sloth.kernels.ops.thin_products import copy_low
@@ -45,19 +48,18 @@ Masks = list[Tensor | None] | None
 # Of A, B and the magnitudes.
 Factors = tuple[Tensor | None, Tensor | None, Tensor | None]
 Wanted = Sequence[tuple[bool, bool, bool]]
-# Y of each member [n, its N], in the order of the stack; None without DoRA.
-Outputs = Sequence[Tensor] | None
 
 
 class Sums(NamedTuple):
     """Sums over rows that a kernel formed on its way; None for those still to be formed.
 
     dA: of all members below each other [R or less, K]. dB: of each member [its N, its rank], not
-    scaled yet.
+    scaled yet. dots: sum dY (Y - b) [N], for a stack with DoRA (`ops/dora.py`).
     """
 
     dA: Tensor | None = None
     dB: Sequence[Tensor] | None = None
+    dots: Tensor | None = None
 
 
 _NO_SUMS = Sums()
@@ -72,8 +74,8 @@ class LoraStack:
     """What a twin sees of a stack: the members, their LoRA, and the two directions.
 
     How the product with W itself is formed is the subclass's: `Stack` here, `fp8.FP8Stack`.
-    A [R, K], sB [N, R]: what the members' factors are copied into, zero elsewhere. gains: one for
-    each output row, fp32 or wider, of a stack with DoRA; None for another.
+    A [R, K], sB [N, R]: what the members' factors are copied into, zero elsewhere. gains: of each
+    output row, of a stack with DoRA; None for another.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class LoraStack:
         shape: StackShape,
         A: Tensor,
         sB: Tensor,
-        gains: Tensor | None = None,
+        gains: Gains | None = None,
     ) -> None:
         self.members, self.shape, self.A, self.sB = list(members), shape, A, sB
         self.slots = shape.slots
@@ -101,11 +103,11 @@ class LoraStack:
 
     # -- what fills the scratch ------------------------------------------------------------------
 
-    def codes(self, with_gains: bool = True) -> list[NF4Part]:
-        """What unpacks each quantized member at every pass, with or without DoRA's gains."""
+    def codes(self) -> list[NF4Part]:
+        """What unpacks each quantized member at every pass, DoRA's gains inside."""
         return []
 
-    def copies(self, with_gains: bool = True) -> list[CopyPart]:
+    def copies(self) -> list[CopyPart]:
         """What copies every A and B; a switched-off adapter counts as zero."""
         parts = []
         for member, slot in zip(self.members, self.slots, strict=True):
@@ -113,21 +115,23 @@ class LoraStack:
                 continue
             lora: LoraOperands = member.lora_slot
             on = 1.0 if member.lora_enabled else 0.0
-            gains = self._gains_at(slot) if with_gains else None
+            gains = self._gains_at(slot)
             parts.append(CopyPart(lora.A, self.A[slot.ranks], on))
             parts.append(CopyPart(lora.B, self.sB[slot.rows, slot.ranks], on * lora.scale, gains))
         return parts
 
     def _gains_at(self, slot: Slot) -> Tensor | None:
-        return None if self.gains is None else self.gains[slot.rows]
+        return None if self.gains is None else self.gains.rows[slot.rows]
 
-    def take_gains(self) -> None:
-        """DoRA's gains of the factors as they are; codes, A and B stand in the scratch without."""
-        raise NotImplementedError
-
-    def output_parts(self, y: Tensor) -> Outputs:
-        """Y [n, N] by members, where a gradient of magnitudes will ask for it."""
-        return [y[:, slot.rows] for slot in self.slots] if self.is_dora else None
+    def output_sums(self, dy: Tensor, y: Tensor | None, low: Tensor) -> Sums:
+        """What dy, y [n, N or more] and U [n, R] give: dots of a stack with DoRA, and dB where it
+        comes along; nothing of another stack."""
+        if not self.is_dora:
+            return _NO_SUMS
+        assert y is not None
+        dots, dB = output_sums(dy[:, : self.N], y[:, : self.N], self.bias, low, self.num_ranks)
+        dBs = None if dB is None else [dB[slot.rows, slot.ranks] for slot in self.slots]
+        return Sums(dB=dBs, dots=dots)
 
     # -- the two directions ----------------------------------------------------------------------
 
@@ -201,15 +205,13 @@ class LoraStack:
         low: Tensor,
         masks: Masks,
         wanted: Wanted,
-        outputs: Outputs = None,
         sums: Sums = _NO_SUMS,
     ) -> list[Factors]:
         """(dA, dB, dm) of each member, where wanted, of a spread dy [T, N + R].
 
-        x: the stack's input [T, K or more], None where sums has dA. outputs: of the forward, read
-        for dm.
+        x: the stack's input [T, K or more], None where sums has dA.
         """
-        v, (dA, dBs) = dy[:, self.N :], sums
+        v, (dA, dBs, dots) = dy[:, self.N :], sums
         loras = [member.lora_slot for member in self.members]
         any_dA, any_dB, _ = (any(want[i] for want in wanted) for i in (0, 1, 2))
         rows = None
@@ -232,6 +234,8 @@ class LoraStack:
             else:
                 dB = sum_over_rows(dy[:, : self.N], low, dtype)
                 dBs = [dB[slot.rows, slot.ranks] for slot in self.slots]
+        if dots is not None and self.gains is not None:
+            dots = dots * self.gains.inverse
         factors: list[Factors] = []
         for index, (lora, slot) in enumerate(zip(loras, self.slots, strict=True)):
             need_dA, need_dB, need_dm = wanted[index]
@@ -243,13 +247,11 @@ class LoraStack:
                 own_dA = sum_over_rows(v[:, slot.ranks], dropped, lora.A.dtype)
             if need_dB and dBs is not None:
                 own_dB = torch.empty_like(dBs[index], dtype=lora.B.dtype, memory_format=_ROWS)
-                torch.mul(dBs[index], lora.scale, out=own_dB)
-                if self.gains is not None:
-                    own_dB *= self.gains[slot.rows, None]
+                scale = lora.scale if self.gains is None else self.gains.scaled[slot.rows, None]
+                torch.mul(dBs[index], scale, out=own_dB)
             if need_dm:
-                assert outputs is not None
-                m, bias = lora.magnitude.m, self.members[index].bias
-                dm = magnitude_gradient(dy[:, slot.rows], outputs[index], bias, m)
+                assert dots is not None
+                dm = dots[slot.rows].to(lora.magnitude.m.dtype)
             factors.append((own_dA, own_dB, dm))
         return factors
 
@@ -262,56 +264,42 @@ class Stack(LoraStack):
         members: Sequence[Any],
         shape: StackShape,
         scratch: Tensor,
-        gains: Tensor | None = None,
+        gains: Gains | None = None,
     ) -> None:
         N, K = shape.num_outputs, shape.num_inputs
         super().__init__(members, shape, scratch[N:, :K], scratch[:N, K:], gains)
         self.scratch = scratch
-        self._squared: Tensor | None = None
-        if gains is not None:
-            self._squared = torch.cat([m.squared_norms(gains.dtype) for m in self.members])
 
-    def codes(self, with_gains: bool = True) -> list[NF4Part]:
+    def codes(self) -> list[NF4Part]:
         parts = []
         for member, slot in zip(self.members, self.slots, strict=True):
             base, place = member.base, self.scratch[slot.rows, : self.K]
             if isinstance(base, NF4Weight):
-                parts.append(NF4Part(base, place, self._gains_at(slot) if with_gains else None))
+                parts.append(NF4Part(base, place, self._gains_at(slot)))
         return parts
 
-    def copies(self, with_gains: bool = True) -> list[CopyPart]:
-        """With DoRA's gains dense matrices come along, which take them."""
-        parts = super().copies(with_gains)
+    def copies(self) -> list[CopyPart]:
+        """With DoRA dense matrices come along, which take its gains."""
+        parts = super().copies()
         for member, slot in zip(self.members, self.slots, strict=True):
-            gains = self._gains_at(slot) if with_gains else None
+            gains = self._gains_at(slot)
             if gains is not None and isinstance(member.base, Tensor):
                 parts.append(CopyPart(member.base, self.scratch[slot.rows, : self.K], 1.0, gains))
         return parts
 
-    def take_gains(self) -> None:
-        assert self.gains is not None and self._squared is not None
-        whole = None
-        if all(isinstance(member.base, NF4Weight) for member in self.members):
-            base = self.scratch[: self.N, : self.K]
-            whole = adapted_norms(base, self.A, self.sB, self._squared)
+    def gain_parts(self) -> list[GainsPart]:
+        """What takes the gains of every member with magnitudes; the others' are set here."""
+        parts: list[GainsPart] = []
+        if self.gains is None:
+            return parts
         for member, slot in zip(self.members, self.slots, strict=True):
-            own = None if member.lora is None else member.lora.magnitude
-            if own is None:
-                self.gains[slot.rows] = 1.0
-                continue
-            norms = own.norms
-            if norms is None:
-                norms = self._norms_at(slot, member) if whole is None else whole[slot.rows]
-            self.gains[slot.rows] = gains_of(own.m.detach(), norms)
-
-    def _norms_at(self, slot: Slot, member: Any) -> Tensor:
-        """Of one member, whose dense matrix is read where it lies."""
-        assert self._squared is not None
-        weight = self.scratch[slot.rows, : self.K]
-        if isinstance(member.base, Tensor):
-            weight = member.base.detach().to(weight.dtype)
-        A, sB = self.A[slot.ranks], self.sB[slot.rows, slot.ranks]
-        return adapted_norms(weight, A, sB, self._squared[slot.rows])
+            own, lora = self.gains.of(slot.rows), member.lora
+            own.rows.fill_(1.0), own.inverse.zero_()
+            own.scaled.fill_(1.0 if lora is None else lora.scale)
+            if lora is not None and lora.magnitude is not None:
+                place, A = self.scratch[slot.rows, : self.K], self.A[slot.ranks]
+                parts.append(GainsPart(member, place, A, own))
+        return parts
 
     def new_input(self, num_rows: int) -> Tensor:
         """[X U], [T, K + R]."""

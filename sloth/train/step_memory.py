@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from sloth.kernels.context import Keep
+from sloth.kernels.ops.dora_gains import SPAN as GAINS_SPAN
 from sloth.kernels.ops.glu_lora import MAX_RANK as FUSED_RANK
 from sloth.kernels.ops.glu_lora import MIN_RANK, SPAN
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
@@ -68,8 +69,8 @@ class StepMemory:
 
     def _scratch_bytes(self) -> int:
         """Of matrices unpacked, or copied for DoRA's gains, into what all layers share; other dense
-        ones live in scratch of their own, whose padding alone is new. DoRA: gains, squared norms,
-        and what taking them holds. With copies in 8 bits, of A and B alone."""
+        ones live in scratch of their own, whose padding alone is new. DoRA: three numbers and a
+        squared norm a row, and what taking them holds. With copies in 8 bits, of A and B alone."""
         s, total = self.sizes, 0
         parts = zip(s.stack_sizes, s.ranks, s.stack_scratch, s.dora, s.shapes, strict=True)
         for (outputs, inputs), rank, scratch, is_dora, shapes in parts:
@@ -80,7 +81,7 @@ class StepMemory:
             else:
                 total += s.num_layers * (scratch - outputs * inputs * s.element)
             if is_dora:
-                total += 4 * outputs * (3 * s.num_layers + 3 * rank)
+                total += 4 * outputs * (4 * s.num_layers + max(3, -(-inputs // GAINS_SPAN)) * rank)
         return total
 
     # -- what a layer keeps ----------------------------------------------------------------------
@@ -151,8 +152,8 @@ class StepMemory:
             rows * (kept + 2 * s.hidden + padded(s.hidden + g_in)),
             rows * (kept + (2 + s.post_norms * keep.hidden) * s.hidden + g + d)
             + tile * (padded(s.hidden + g_in) + 2 * s.ffn + padded(s.ffn + d_in))
-            + (tile * s.hidden if tile < rows or s.dora[3] else 0)
-            + (rows * s.hidden if s.dora[3] else 0),
+            + (tile * s.hidden if tile < rows else 0)
+            + (rows * s.hidden if s.dora[1] or s.dora[3] else 0),
         )
         casts = (rows * s.hidden, rows * s.queries, 0, tile * s.ffn)
         held = [m * s.element + s.fp8 * c for m, c in zip(moments, casts, strict=True)]
@@ -176,12 +177,14 @@ class StepMemory:
         # The MLP's input is made again where gate or up is, or, once the gradient of gate times up
         # is gone, where its sum with V is not formed on the way (`ops/thin_products.py`).
         n2, n2_late = padded(s.hidden + g_in), 0
+        sums_apart = g > MAX_RANK or s.element > 2
         if not keep.up:
             mlp_tile += n2
-        elif g > MAX_RANK or s.dora[2] or s.element > 2:
+        elif sums_apart:
             n2_late = n2 * s.element
-        # DoRA reads gate and up beside their gradients, P_o's output beside h, q, k, v at the end.
-        apart = s.dora[2] * (not keep.up) * 2 * s.ffn
+        # DoRA reads gate and up beside their gradients, where its dots do not come along with sums
+        # (`ops/glu_lora.py`), and P_o's output beside h.
+        apart = s.dora[2] * (not keep.up) * (sums_apart or d > MAX_RANK) * 2 * s.ffn
         remade_h += s.dora[1] * s.hidden
         mlp = rows * (remade + remade_h) + mlp_h + tile * (mlp_tile + apart)
         # The gradient of gate times up; in 8 bits, or what is made again before it finds its place,
@@ -195,7 +198,7 @@ class StepMemory:
         turned = self._turned_width + s.queries + s.qkv
         turned += max(self._attention_sums, s.qkv + padded(s.qkv + q))
         attention = rows * (remade + turned) + into_h
-        end = rows * (padded(s.qkv + q) + 3 * s.hidden + s.dora[0] * remade) + into_h
+        end = rows * (padded(s.qkv + q) + 3 * s.hidden) + into_h
         held = max(
             to_h * s.element + s.fp8 * rows * s.queries,
             mlp * s.element + tile * max(mlp_works) + self._mlp_sums(tile),
@@ -209,13 +212,14 @@ class StepMemory:
     def _mlp_sums(self, tile: int) -> int:
         """Sums over rows of the MLP's adapters, fp32, before they are gradients: in parts where
         they are formed on the way (`ops/glu_lora.py`), with B's of gate and up added up; those
-        alone where they are not."""
+        alone where they are not. With DoRA the dots of gate and up come along."""
         s = self.sizes
         rank = s.mlp_rank
-        if rank > FUSED_RANK or s.element > 2 or s.dora[2] or s.dora[3]:
+        if rank > FUSED_RANK or s.element > 2:
             return 4 * 2 * rank * s.ffn
         columns = max(next_power_of_2(rank), MIN_RANK) if rank else 0
-        return 4 * (3 * -(-tile // SPAN) + 2) * columns * s.ffn
+        dots = 2 * s.dora[2]
+        return 4 * (-(-tile // SPAN) * (3 * columns + dots) + 2 * columns + dots) * s.ffn
 
     def head_bytes(self, chunk_bytes: int = CHUNK_BYTES) -> int:
         """Final norm, gathered rows, their gradient, a chunk of logits, the head's gradient."""

@@ -45,18 +45,24 @@ def glu_inputs(
 
 
 def glu_sums(
-    inputs: tuple[Tensor, ...], activation: Activation, ranks: Ranks
-) -> tuple[Tensor, Tensor, *tuple[Tensor, ...]]:
-    """dgate, dup and the sums, dgate and dup beside each other in one buffer."""
+    inputs: tuple[Tensor, ...],
+    activation: Activation,
+    ranks: Ranks,
+    dots: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dgate, dup, the sums and the dots, dgate and dup beside each other in one buffer."""
     dy, gate, up, v, low = inputs
     ffn = gate.shape[1]
     room = torch.full((len(gate), 2 * ffn + 64), float("nan"), dtype=gate.dtype, device=gate.device)
     outs = room[:, :ffn], room[:, ffn : 2 * ffn]
     with nan_poisoned_empty():
-        sums = glu_lora_bwd(dy.clone(), gate, up, activation, v, low, ranks, outs)
+        sums = glu_lora_bwd(
+            *(dy.clone(), gate, up, activation, v, low, ranks, outs), dots=dots, bias=bias
+        )
     assert room[:, 2 * ffn :].isnan().all()
     assert isinstance(sums, GLUSums)
-    return *outs, *sums
+    return *outs, *(x for x in sums if x is not None)
 
 
 def glu_truth(
@@ -81,6 +87,47 @@ def test_glu_sums_match_autograd(shape, ranks, activation):
     actual, expected = (f(inputs, activation, ranks) for f in (glu_sums, glu_truth))
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance.FP64_SAME_MATHS)
+
+
+def dots_truth(inputs: tuple[Tensor, ...], actual: tuple[Tensor, ...], bias: Tensor) -> Tensor:
+    """DoRA's dots of the dgate and dup that were formed."""
+    _, gate, up, _, _ = inputs
+    less = torch.cat((gate, up), 1).double() - bias.double()
+    return (torch.cat(actual[:2], 1).double() * less).sum(0)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_dots_of_gate_and_up_come_along(in_place):
+    ranks = Ranks(3, 2, 4)
+    inputs = glu_inputs(7, 33, ranks, torch.float64)
+    bias = randn(66, seed=9, dtype=torch.float64)
+    actual = glu_sums(inputs, "silu", ranks, dots=True, bias=bias)
+    for ours, theirs in zip(actual, glu_sums(inputs, "silu", ranks), strict=False):
+        torch.testing.assert_close(ours, theirs, **tolerance.BIT_EXACT)
+    expected = dots_truth(inputs, actual, bias)
+    dots = actual[-1]
+    if in_place:
+        dy, gate, up, v, low = (x.clone() for x in inputs)
+        sums = glu_lora_bwd(dy, gate, up, "silu", v, low, ranks, (gate, up), True, bias)
+        assert sums.dots is not None and torch.equal(gate, actual[0])
+        dots = sums.dots
+    torch.testing.assert_close(dots, expected, **tolerance.FP64_SAME_MATHS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+def test_dots_of_gate_and_up_on_a_gpu(dtype):
+    for rows, ffn in ((7, 63), (2100, 1024)):
+        inputs = glu_inputs(rows, ffn, RANKS[0], dtype, "cuda")
+        bias = randn(2 * ffn, seed=9, dtype=dtype, device="cuda")
+        actual = glu_sums(inputs, "silu", RANKS[0], dots=True, bias=bias)
+        for ours, theirs in zip(actual, glu_sums(inputs, "silu", RANKS[0]), strict=False):
+            assert torch.equal(ours, theirs)
+        # against the lengths of what was multiplied, which bound a sum of any signs
+        less = torch.cat(inputs[1:3], 1).double() - bias.double()
+        scale = torch.cat(actual[:2], 1).double().norm(dim=0) * less.norm(dim=0)
+        expected = dots_truth(inputs, actual, bias) / scale
+        torch.testing.assert_close(actual[-1] / scale, expected, **tolerance.FP32_SAME_MATHS)
 
 
 @pytest.mark.gpu

@@ -24,9 +24,10 @@ The norms need no V either:
           = ||W_j||^2 + sum_r (2 W A^T + sB (A A^T))_jr sB_jr
 
 ||W_j||^2 is computed once, W A^T reads W once, the rest is of size O R. All in fp32 (fp64 for fp64)
-from the operands that the product uses. By bytes over an H100's 2.9 TB/s, a layer of an 8B model
-(218 million weights) pays 0.15 ms for W A^T, 0.2 ms to unpack it once more (0.3 ms a copy, forward
-and backward, where it is dense), and 0.5 ms for the dots at 8192 tokens.
+from the operands that the product uses. A twin reads W as it is stored (`dora_gains.py`): of an 8B
+model's layer 112 MB of codes, where a matrix unpacked for it would be written and read, 0.9 GB. The
+dots read Y and dY, 1.4 GB a layer at 8192 tokens; a twin forms them where dY is read anyway, beside
+other sums over rows (`dora_sums.py`, `glu_lora.py`), and pays for 0.24 GB of Y.
 
 With dropout PEFT computes W x + (g - 1) W x' + g s B A x', where the frozen product sees dropped
 inputs as soon as g is not 1; here dropout is the adapter's alone. Without it both are the same.
@@ -36,7 +37,7 @@ Source: Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,27 @@ class Magnitude:
     m: Tensor
     squared: Tensor | None
     norms: Tensor | None = None
+
+
+class Gains(NamedTuple):
+    """Of each output row of a stack [N], fp32 or wider.
+
+    rows: g = m / n. scaled: s g, which dB takes. inverse: 1 / m or 0, which turns dots into dm.
+    """
+
+    rows: Tensor
+    scaled: Tensor
+    inverse: Tensor
+
+    def of(self, rows: slice) -> Gains:
+        """Views of some rows."""
+        return Gains(*(x[rows] for x in self))
+
+    def put(self, m: Tensor, norms: Tensor, scale: float) -> None:
+        """Those of trained lengths m and norms n [N]."""
+        self.rows.copy_(gains_of(m, norms))
+        torch.mul(self.rows, scale, out=self.scaled)
+        self.inverse.copy_(torch.where(m != 0, 1 / m, 0.0))
 
 
 def squared_row_norms(base: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:

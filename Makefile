@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch>=2.11
 DEMO_FLAGS ?=
+# Processes that run the tests, a thread each.
+WORKERS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -16,7 +18,7 @@ demo: $(STAMPS)/demo
 	$(PY) examples/orders.py $(DEMO_FLAGS)
 
 test: $(STAMPS)/dev
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

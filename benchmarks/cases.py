@@ -25,7 +25,10 @@ from benchmarks.roofline import ModelShape
 from benchmarks.timing import REPEATS, median_us
 from tools.shapes import SHAPES, hf_config
 
-OPS = ("nf4", "rms_norm", "rope", "glu", "linear_cross_entropy", "attention", "lora_linear", "fp8")
+OPS = (
+    *("nf4", "rms_norm", "rope", "glu", "linear_cross_entropy", "attention", "lora_linear"),
+    *("folded_products", "fp8"),
+)
 FACTOR = 2.0
 # Relative errors below the rounding of a bf16 result itself are no evidence of anything.
 ERROR_FLOOR = 2.0**-9

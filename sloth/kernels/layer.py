@@ -106,7 +106,7 @@ class FusedLayer:
             known = None if like is None else like.stacks[name]
             if known is None or known.is_dora:
                 members = [modules[path] for path in paths]
-                known = _prepare_stack(name, members, dtype, None if resident else workspace)
+                known = prepare_stack(name, members, dtype, None if resident else workspace)
             self.stacks[name] = known
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
@@ -313,9 +313,11 @@ def prepare(
     return layer
 
 
-def _prepare_stack(
+def prepare_stack(
     name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace | None
 ) -> LoraStack:
+    """The stack of these projections, in scratch that the workspace shares or, without one or with
+    dense matrices, in its own."""
     shape = StackShape(
         members[0].in_features,
         tuple(member.out_features for member in members),

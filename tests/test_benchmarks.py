@@ -14,7 +14,7 @@ from benchmarks import prepare_rows, report, roofline, run
 from benchmarks.cases import KernelCase, relative_error, run_case, within
 from benchmarks.common import RESULT_MARK, find_results, percentile
 from benchmarks.data import IGNORED, MEAN_LENGTH, document_lengths, packed_batch, random_batch
-from benchmarks.kernels import attention
+from benchmarks.kernels import attention, folded_products
 from benchmarks.report import DifferentGPUs, Row, disagreement, median_rows, merge, render, slug
 from benchmarks.roofline import ModelShape
 from sloth.models import ARCHITECTURES
@@ -378,6 +378,15 @@ def test_attention_is_held_against_its_window_cap_and_documents(softcap: float |
     for case in attention.cases(small, num_tokens=256):
         outputs = case.contenders["sloth"]()()
         assert max(relative_error(outputs, case.truth())) < 0.02, case.name
+
+
+def test_folded_products_are_held_against_base_and_adapter() -> None:
+    small = ModelShape(2, 32, 48, 2, 1, 16, 64, (None, None), None)
+    cases = list(folded_products.cases(small, num_tokens=24))
+    assert len(cases) == 8  # four stacks, each after its limit
+    for case in cases:
+        for build in case.contenders.values():
+            assert max(relative_error(build()(), case.truth())) < 0.02, case.name
 
 
 def test_errors_are_held_against_the_baselines() -> None:

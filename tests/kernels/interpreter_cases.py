@@ -35,6 +35,7 @@ from sloth.kernels.ops.fp8_cast import FP8, fp8_cast
 from sloth.kernels.ops.glu import glu
 from sloth.kernels.ops.linear_cross_entropy import cross_entropy_in_place
 from sloth.kernels.ops.linear_log_probs import linear_log_probs
+from sloth.kernels.ops.lora_linear import LoraOperands, lora_linear
 from sloth.kernels.ops.nf4 import nf4_dequantize, nf4_dequantize_reference
 from sloth.kernels.ops.nf4_matvec import nf4_matvec
 from sloth.kernels.ops.qk_norm_rope import qk_norm_rope
@@ -347,6 +348,10 @@ def one_row_times_nf4_as_stored(dtype: torch.dtype) -> None:
             whole = whole + 0.5 * B.double() @ A.double()
         truth = (x.double() @ whole.T) * gains.double() + bias.double()
         torch.testing.assert_close(y, truth.to(dtype), **tolerance.same_maths(dtype))
+        if A is not None and B is not None and dtype == torch.float16:
+            with forced_engine("triton"), torch.no_grad():
+                same = lora_linear(x, w, bias, LoraOperands(A, B, 0.5))
+                assert torch.equal(same, nf4_matvec(x, w, bias, A, B, 0.5))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,15 @@ class Projection(OpModule):
         """The adapter's operands, switched on or off; None without one."""
         if self.lora_A is None or self.lora_B is None:
             return None
-        A, B = self._held_factors or (self.lora_A.weight, self.lora_B.weight)
+        A, B = self.factors_in_use
         return LoraOperands(A, B, self.lora_scale, self.lora_dropout, self._magnitude())
+
+    @property
+    def factors_in_use(self) -> tuple[Tensor, ...]:
+        """A and B as they compute: the held ones where some are, but never for a gradient, which
+        belongs to the parameters. None without an adapter."""
+        held = None if torch.is_grad_enabled() else self._held_factors
+        return held or self.lora_factors
 
     @property
     def has_lora(self) -> bool:
@@ -91,7 +98,7 @@ class Projection(OpModule):
 
     @property
     def lora_factors(self) -> tuple[Tensor, ...]:
-        """A and B, none without an adapter."""
+        """A and B as they are trained, none without an adapter."""
         if self.lora_A is None or self.lora_B is None:
             return ()
         return self.lora_A.weight, self.lora_B.weight

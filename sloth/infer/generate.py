@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
+from sloth.kernels.dispatch import OPS
 from sloth.kernels.ops.nf4_matvec import serves
 from sloth.lora import projections
 from sloth.models.cache import KVCache
@@ -103,7 +104,8 @@ def dequantised_while_generating(network: Decoder, dtype: torch.dtype, rows: int
     One row on a GPU multiplies by the codes themselves, which are fewer bytes than a copy.
     """
     packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
-    if rows == 1 and all(serves(module.nf4, dtype) for module in packed):
+    reads_codes = rows == 1 and network.model.norm.ops is OPS  # the reference multiplies by a copy
+    if reads_codes and all(serves(module.nf4, dtype) for module in packed):
         packed = []
     size = torch.empty((), dtype=dtype).element_size()
     need_bytes = sum(module.in_features * module.out_features for module in packed) * size

@@ -358,11 +358,7 @@ def _move_in(weight: Tensor, place: Tensor) -> None:
 def _state(member: Any) -> tuple[Any, ...]:
     """What a prepared projection depends on, but for whether its adapter is on: which tensors they
     are, where they lie, and for those that are copied or cast what was written into them."""
-    adapter = (
-        None if member.lora_A is None else member.lora_A.weight,
-        None if member.lora_B is None else member.lora_B.weight,
-        member.lora_magnitude_vector,
-    )
+    adapter = (*member.factors_in_use, member.lora_magnitude_vector)
     places = [(id(x), None if x is None else x.data_ptr()) for x in adapter]
     bias = None if member.bias is None else (member.bias.data_ptr(), version_of(member.bias))
     return (*stamp(member), bias, *places, member.lora_scale)

@@ -124,7 +124,9 @@ class Recorder:
         if not all(_repeats(context) for context in contexts):
             self.forget()
             return self._run(hidden, contexts)
-        shape = hidden.shape, hidden.dtype, hidden.requires_grad
+        # Of kernels, those that repeat bit for bit may be asked for from now on, or no longer.
+        exact = torch.are_deterministic_algorithms_enabled()
+        shape = hidden.shape, hidden.dtype, hidden.requires_grad, exact
         outdated = self._recording is not None and not self._recording.is_current(
             hidden.dtype, contexts
         )

@@ -177,6 +177,28 @@ def test_an_adapter_held_for_decoding_is_the_one_of_now(folder, level):
                 assert torch.equal(network(tokens), expected)
 
 
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_an_adapter_that_was_held_is_trained_again(folder: Path, quant: str | None) -> None:
+    """What ran meanwhile prepared fused layers from held factors, which get no gradient."""
+    model = sloth.load(folder, device="cpu", quant=quant).add_lora(r=4)
+    tokens = torch.tensor([list(range(20, 50))])
+    trained = [p for p in model.network.parameters() if p.requires_grad]
+
+    def gradients() -> list[bool]:
+        for parameter in trained:
+            parameter.grad = None
+        model.loss(tokens, tokens).backward()
+        return [parameter.grad is not None for parameter in trained]
+
+    with ready_to_generate(model.network, rows=1):
+        with torch.no_grad():
+            model.logprobs(tokens)
+        assert all(gradients())  # a stream that waits for its reader holds them, too
+        with torch.no_grad():
+            model.logprobs(tokens)
+    assert all(gradients())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", [None, "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

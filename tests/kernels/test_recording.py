@@ -141,6 +141,17 @@ def test_another_shape_ends_a_recording(folder):
     assert RunPasses.made == 2
 
 
+def test_kernels_that_repeat_bit_for_bit_are_recorded_anew(folder):
+    model = load(folder)
+    warm_up(model)
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients(model, TOKENS)
+        assert model.network.recorder._recording is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_evaluation_in_between_does_not_end_it(folder):
     model = load(folder)
     warm_up(model)

@@ -308,7 +308,7 @@ def _copy_launch(parts: list[CopyPart], has_gains: bool) -> Callable[[], object]
     return partial(
         _copy_batch_kernel[(programs,)],
         torch.tensor(rows, device=device),
-        torch.tensor([part.scale for part in parts], device=device),
+        torch.tensor([part.scale for part in parts], dtype=torch.float32, device=device),
         NUM_PARTS=len(parts),
         FIELDS=_COPY_FIELDS,
         SOURCE=triton_dtype(parts[0].source.dtype),

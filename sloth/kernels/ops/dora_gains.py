@@ -331,7 +331,8 @@ class GainsLaunches:
             tables = {"code_ptr": code, "map_ptr": numbers, "NESTED": nested, **blocks}
             self._add(_code_cross_kernel, rows, 2, {**tables, **sizes, **_CODE_OPTIONS})
         self._add(_dense_cross_kernel, dense, 2, {"COLS": _COLS, **sizes, **_CROSS_OPTIONS})
-        scales = torch.tensor([float(each.scale) for each in matrices], device=device)
+        factors = [float(each.scale) for each in matrices]
+        scales = torch.tensor(factors, dtype=torch.float32, device=device)
         kinds = {"FACTOR": triton_dtype(first.B.dtype), "LENGTH": triton_dtype(first.m.dtype)}
         tables = {"scales_ptr": scales, "ROWS": _GAIN_ROWS, "CHUNK": _MIN_RANK}
         self._add(_gains_kernel, gains, 4, {**tables, **kinds, **same})

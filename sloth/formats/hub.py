@@ -8,6 +8,7 @@ huggingface-hub's business (`hf auth login` or HF_TOKEN); none passes through he
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,10 @@ _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md
 _LEFT_OUT = ["consolidated*", "original/*"]
 # Where the hub keeps its own conversion of a data set that comes in other files.
 _PARQUET_BRANCH = "refs/convert/parquet"
-_REPO_ID = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
+# The hub's own rule, so that no name is refused after work was done for it.
+_REPO_PART = r"(?!-)(?!\.)[A-Za-z0-9._-]{1,96}(?<![.-])"
+_REPO_ID = re.compile(rf"(?!.*(--|\.\.))(?!.*\.git$){_REPO_PART}/{_REPO_PART}")
+_SAID_CHARACTERS = 200  # of a name that is refused
 # A card's metadata is YAML; one line of it is wanted, and no parser is let at a stranger's file.
 _LICENSE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]{1,64})[\"']?[ \t]*$", re.MULTILINE)
 _CARD_BYTES = 1 << 16
@@ -130,8 +134,8 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Res
     revision: branch, tag or commit on the hub. weights: False fetches config and tokenizer alone.
     Raises UnknownModel, saying what to do.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or path.is_file():
+    path = _local(name)
+    if path is not None:
         if revision is not None:
             raise ValueError(f"revision={revision!r} has no meaning for the local path {name}")
         if path.is_file() and path.suffix != ".gguf":
@@ -140,8 +144,22 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Res
     alias = name.lower() if name.lower() in ALIASES else None
     repo_id, open_copy = ALIASES[alias] if alias else (name, None)
     if not _REPO_ID.fullmatch(repo_id) or name.endswith(".gguf"):
-        raise UnknownModel(f"{name!r} is no folder, no .gguf file and no alias.{_nearest(name)}")
+        said = name[:_SAID_CHARACTERS]
+        raise UnknownModel(f"{said!r} is no folder, no .gguf file and no alias.{_nearest(said)}")
     return _download(repo_id, revision, alias, open_copy, weights)
+
+
+def _local(name: str) -> Path | None:
+    """The folder or file of that name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() or path.is_file() else None
+    except RuntimeError:  # ~name, of nobody
+        return None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return None
 
 
 def is_repo_id(name: str) -> bool:
@@ -209,7 +227,8 @@ def fetch_dataset(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HTTPError
 
     if not _REPO_ID.fullmatch(repo_id):
-        raise DataError(f"{repo_id!r} is no data set on the hub; one is written owner/name")
+        said = repo_id[:_SAID_CHARACTERS]
+        raise DataError(f"{said!r} is no data set on the hub; one is written owner/name")
     for branch in (revision, _PARQUET_BRANCH) if revision is None else (revision,):
         try:
             folder = fetch(repo_id, branch, ["*.parquet"], repo_type="dataset")

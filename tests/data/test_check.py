@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -43,6 +44,46 @@ def test_it_shows_format_lengths_counts_and_one_masked_row(file, capsys):
         "examples are longer than the 50 positions that the model is made for",
     ):
         assert line in said, line
+
+
+BLANK, DOUBLED = " \n", "<s><s>ab"
+
+
+def test_row_4_it_shows_what_is_trained_doubled_beginnings_and_blank_answers(file, capsys):
+    """Counted by hand: a chat of one letter each way has 24 tokens, of which 2 are trained."""
+    chats = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}
+        for answer in ("a", BLANK, "")
+    ]
+    rows = [*chats, {"text": DOUBLED}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "check", str(file), "--model", "m"]) == 0
+    said = capsys.readouterr().out
+    # Answers of 1, 2 and 0 letters with <|end|>; all of the text and its </s> but for the first.
+    tokens, trained = 24 + 25 + 23 + 5, 2 + 3 + 1 + 4
+    share = f"{trained / tokens:.1%}"
+    assert f"tokens per epoch  {tokens}, of which trained {trained} ({share})\n" in said
+    assert "double BOS        1 rows\n" in said and "blank answers     2 rows\n" in said
+    assert "WARNING: 1 rows begin with the beginning-of-text token twice" in said
+    assert "WARNING: 2 rows have a blank answer" in said
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_trained_tokens_of_the_shown_row_are_green_on_a_terminal(
+    file, capsys, monkeypatch, is_terminal
+):
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    assert cli.main(["data", "check", str(file), "--model", "m"]) == 0
+    said = capsys.readouterr().out
+    row = said[said.index("first row") :]
+    if is_terminal:
+        green = re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", row, re.DOTALL)
+        assert green == ["[+yo<|end|>+]"]
+    else:
+        assert "[+yo<|end|>+]" in row and "\x1b" not in said
 
 
 def test_row_31_malformed_rows_are_refused_or_counted_and_named(file, capsys):

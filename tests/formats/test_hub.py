@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import validate_repo_id
 
-from sloth.errors import UnknownModel
-from sloth.formats.hub import ALIASES, resolve
+import sloth
+from sloth.errors import DataError, UnknownModel
+from sloth.formats.hub import ALIASES, fetch_dataset, is_repo_id, resolve
 from tests.formats.hub_server import COMMIT, TAGGED, serve
 from tests.oracles import save_tiny_llama
 
@@ -101,6 +104,50 @@ def test_a_gated_alias_names_the_open_copy(monkeypatch):
 def test_misspelt_aliases_are_answered_with_the_nearest(typed):
     with pytest.raises(UnknownModel, match=r"llama-3\.2-1b"):
         resolve(typed)
+
+
+STRANGE = {
+    "up and back": "../x/..",
+    "up": "../x",
+    "ends up": "x/..",
+    "dots": "x/a..b",
+    "here": "./x",
+    "hidden": "x/.y",
+    "absolute": "/no/such",
+    "a drive": "C:\\x",
+    "nul": "a/b\0",
+    "nul before": "a\0/b",
+    "escaped": "a/b%2f..",
+    "an address": "https://a/b",
+    "a line": "a/b\n",
+    "nobody's home": "~nobody-of-that-name/x",
+    "dashes": "a--b/c",
+    "ends in .git": "a/b.git",
+    "long": "x" * 5000,
+    "two long parts": "x" * 2500 + "/" + "y" * 2500,
+    "longer than the hub's": "a/" + "b" * 97,
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_row_25_a_strange_name_is_refused_before_any_request(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **b: asked.append(a))
+    monkeypatch.setattr(socket.socket, "connect", lambda *rest: asked.append(rest))
+    with pytest.raises(UnknownModel, match="is no folder, no .gguf file and no alias") as caught:
+        sloth.load(STRANGE[name], device="cpu")
+    assert "written owner/name" in str(caught.value) and len(str(caught.value)) < 700
+    with pytest.raises(DataError, match="is no data set on the hub") as refused:
+        fetch_dataset(STRANGE[name])
+    assert len(str(refused.value)) < 700 and not asked and not list(tmp_path.iterdir())
+
+
+def test_names_that_the_hub_takes_are_taken():
+    for repository in ("01-ai/Yi-6B", "a/b", "A_b.c/d-e_f.g", "x/" + "y" * 96):
+        validate_repo_id(repository)
+        assert is_repo_id(repository)
+    assert all(is_repo_id(repository) for repository, _ in ALIASES.values())
 
 
 def test_aliases_are_plain_names_of_repositories():

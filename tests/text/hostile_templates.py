@@ -89,15 +89,32 @@ MEMORY = {
 
 # Ways to Python itself, or to change what was given.
 ESCAPES = {
-    "mro": "{{ ''.__class__.__mro__[1].__subclasses__() }}" + FAIL,
+    "mro": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals": "{{ raise_exception.__globals__['json'].dumps(1) }}",
-    "attr filter": "{{ (messages | attr('__class__')).__base__ }}" + FAIL,
-    "format attribute": "{{ '{0.__class__.__mro__}'.format(messages) }}" + FAIL,
+    "attr filter": "{{ (messages | attr('__class__')).__base__ }}",
+    "format attribute": "{{ '{0.__class__.__mro__}'.format(messages) }}",
     "init globals": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "change messages": "{% set _ = messages.append(1) %}",
     "change through dict": "{% set _ = dict.update(messages[0], {'role': 'x'}) %}",
     "namespace name": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
     "import os": "{% import 'os' as os %}",
+}
+
+# Those of them that without the sandbox print what they reach, and that.
+REACHES = {
+    "mro": "<class",
+    "globals": "1",
+    "attr filter": "<class 'object'>",
+    "format attribute": "<class 'list'>",
+}
+# Those that name what the sandbox hides, and print nothing of it.
+HIDDEN = {
+    "an attribute": "{{ ''.__class__ }}",
+    "an item": "{{ ''['__class__'] }}",
+    "the filter": "{{ messages | attr('__class__') }}",
+    "format": "{{ '{0.__class__}'.format(messages) }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': messages}) }}",
+    "a mapped attribute": "{{ messages | map(attribute='__class__') | join }}",
 }
 
 HOSTILE = WORK | MEMORY | ESCAPES

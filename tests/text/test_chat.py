@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from sloth.errors import DataError
+from sloth.text import chat
 from sloth.text.chat import ChatTemplate
 from tests.oracles import hf_render
-from tests.text.hostile_templates import HOSTILE, MAKES_NOTHING
+from tests.text.hostile_templates import ESCAPES, HIDDEN, HOSTILE, MAKES_NOTHING, REACHES
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 PLAIN = [
@@ -205,6 +206,29 @@ def test_row_23_hostile_template_ends_quickly(name: str) -> None:
     assert seconds < MOST_SECONDS, f"{seconds:.2f} s"
     assert len(str(caught.value)) < 1000
     assert messages == PLAIN
+
+
+OTHERWISE = {
+    "change through dict": "has no attribute 'update'",  # `dict` is a function, not the class
+    "import os": "no loader",
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_row_23_the_sandbox_is_what_stops_an_escape(name: str, monkeypatch: Any) -> None:
+    """Named by its error; and without its check, these templates reach what they are after."""
+    with pytest.raises(DataError, match=OTHERWISE.get(name, "what the sandbox forbids")):
+        ChatTemplate(ESCAPES[name]).render(PLAIN)
+    if name in REACHES:
+        monkeypatch.setattr(chat._Environment, "is_safe_attribute", lambda *rest: True)
+        assert REACHES[name] in ChatTemplate(ESCAPES[name]).render(PLAIN)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_row_23_what_the_sandbox_hides_prints_as_nothing(name: str, monkeypatch: Any) -> None:
+    assert ChatTemplate(HIDDEN[name]).render(PLAIN) == ""
+    monkeypatch.setattr(chat._Environment, "is_safe_attribute", lambda *rest: True)
+    assert "<class" in ChatTemplate(HIDDEN[name]).render(PLAIN)
 
 
 @pytest.mark.parametrize("name", sorted(set(HOSTILE) - MAKES_NOTHING))

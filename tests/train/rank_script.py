@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -41,6 +42,8 @@ PREFERENCES = {
 
 # Rows of an evaluation pass: training's, or those that are given.
 LOOKS = {"looks as trained": {}, "looks as given": {"eval_batch_size": 3}}
+
+PLACES = ("data", "step", "update", "save")
 
 GRADIENTS = {"adapter gradients": LoraConfig(r=4), "full gradients": None}
 
@@ -84,6 +87,17 @@ def run(output, callbacks=(), place=None, rows=ROWS, model=None, **changes):
         held = trainer.Trainer(model, rows, output=output, callbacks=callbacks, **changes)
     except SlothError as error:
         return type(error).__name__, str(error)
+    spoil(held, model, place)
+    try:
+        report = held.run()
+    except BaseException as error:
+        return type(error).__name__, getattr(error, "code", None) or str(error)
+    weights = [p.double().sum().item() for p in model.network.parameters()]
+    return report.losses, report.eval_losses, weights
+
+
+def spoil(held, model, place):
+    """Make a run fail there."""
     if place == "data":
         held._batch = fail
     if place == "update":
@@ -98,12 +112,6 @@ def run(output, callbacks=(), place=None, rows=ROWS, model=None, **changes):
         model.loss = loss
     if place == "save":
         held._new_state, build = lambda: breaking(build()), held._new_state
-    try:
-        report = held.run()
-    except BaseException as error:
-        return type(error).__name__, getattr(error, "code", None) or str(error)
-    weights = [p.double().sum().item() for p in model.network.parameters()]
-    return report.losses, report.eval_losses, weights
 
 
 def breaking(state):
@@ -141,14 +149,31 @@ def gradients(ranks, lora):
     return found, len(counted)
 
 
+def tell(name, outcome):
+    print(json.dumps([name, outcome]), flush=True)
+
+
+def in_its_own_process(folder, place, fails):
+    """How a process ends in which nothing catches what the run raises, by its exit status."""
+    child = os.fork()
+    if child:
+        tell(f"exit {place}", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return
+    model = FakeModel()
+    held = trainer.Trainer(model, ROWS, output=folder, **SETTINGS)
+    spoil(held, model, place if fails else None)
+    held.run()
+    sys.exit()
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
+    import_module("torch._dynamo")  # as every optimizer does: once, before the forks
+    for place in PLACES if hasattr(os, "fork") else ():
+        failing = 0 if place == "save" else 1  # rank 0 alone saves
+        in_its_own_process(folder / f"exit-{place}", place, rank == failing)
     dist.init_process_group("gloo")
-
-    def tell(name, outcome):
-        print(json.dumps([name, outcome]), flush=True)
-
     ranks = Ranks(torch.device("cpu"), rank, 2)
     for name, lora in GRADIENTS.items():
         tell(name, gradients(ranks, lora))
@@ -184,7 +209,7 @@ def main(folder: Path) -> None:
             seen = run(folder / name, model=model, **settings)
         tell(name, [seen, said.getvalue()])
     tell("signal", run(folder / "signal", [Signal()], **SETTINGS))
-    for place in ("data", "step", "update", "save"):
+    for place in PLACES:
         for failing in (0, 1):
             at = place if rank == failing else None
             tell(f"{place} {failing}", run(folder / f"{place}-{failing}", place=at, **SETTINGS))

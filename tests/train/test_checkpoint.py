@@ -6,16 +6,20 @@ import json
 import math
 import os
 import shutil
+import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sloth import cli
 from sloth.errors import CheckpointMismatch, NonFiniteGradients, SaveFailed
 from sloth.train import checkpoint, held_out, saving
 from sloth.train.trainer import Trainer
+from tests.commands.models import save_texts, save_tiny_model
 from tests.train.fakes import ROWS, FakeModel
 from tests.train.runs import ROOT, SETTINGS, train
 
@@ -145,6 +149,61 @@ def test_a_run_whose_last_save_fails_finishes_and_then_says_so(tmp_path, monkeyp
     monkeypatch.undo()
     _, report = train(output, resume=True)
     assert report.losses == train(tmp_path / "straight")[1].losses
+
+
+def test_the_command_of_a_run_whose_last_save_fails_does_not_end_in_success(
+    tmp_path, monkeypatch, capsys
+):
+    base, data = save_tiny_model(tmp_path / "base"), save_texts(tmp_path / "rows.jsonl")
+    write = checkpoint.write_tensors
+
+    def full(file, tensors):
+        if "000002" in str(file):
+            raise OSError(28, "No space left on device")
+        return write(file, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    output = tmp_path / "run"
+    command = ["train", str(base), str(data), "--device", "cpu", "--output", str(output)]
+    code = cli.main([*command, "--max-steps", "2", "--save-steps", "1", "--lora.r", "2"])
+    said = capsys.readouterr().err
+    assert code == cli.USAGE_ERROR != 0
+    assert "error: step 2 could not be saved: No space left" in said and "step-000001, is" in said
+    assert (output / "adapter").is_dir()  # all the same
+
+
+def test_a_checkpoint_is_synced_whole_before_its_name_is_there(tmp_path, monkeypatch):
+    """Else a power cut leaves the name and not the bytes. Each file as large as it will be."""
+    happened, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def synced(descriptor):
+        found = os.fstat(descriptor)
+        is_file = stat.S_ISREG(found.st_mode)
+        happened.append((found.st_ino, found.st_size if is_file else None))
+        fsync(descriptor)
+
+    def named(move):
+        return lambda source, target: (happened.append(Path(target)), move(source, target))[1]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", named(rename))
+    monkeypatch.setattr(os, "replace", named(replace))
+
+    def add_files(folder):
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "tokenizer.txt").write_text("characters")
+
+    tensors = {"trainable": {"a": torch.ones(300)}, "rng": {"b": torch.ones(2)}}
+    folder = checkpoint.write_checkpoint(tmp_path, 1, tensors, {"step": 1}, add_files)
+    moved = happened.index(folder)
+    held = [folder, *folder.rglob("*")]
+    sizes = {(p.stat().st_ino, p.stat().st_size if p.is_file() else None) for p in held}
+    assert len(sizes) == 7 and sizes <= set(happened[:moved])
+    assert (tmp_path.stat().st_ino, None) in happened[moved:]
+    happened.clear()
+    checkpoint.write_looked(folder, {"step": 1})
+    looked = (folder / "looked.json").stat()
+    assert happened == [(looked.st_ino, looked.st_size), folder / "looked.json"]
 
 
 def free_space(monkeypatch, *values):

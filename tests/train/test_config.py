@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig, load_config, with_overrides
+from sloth.train.other_names import ELSEWHERE
 
 
 def written(tmp_path, text) -> Path:
@@ -66,6 +69,43 @@ def test_overrides_win_over_the_file_and_lora_merges_key_by_key(tmp_path):
 def test_bad_file_is_a_clear_value_error(tmp_path, text, said):
     with pytest.raises(ValueError, match=f"(?s){said}"):
         load_config(written(tmp_path, text))
+
+
+def typos(name):
+    """A letter left out, doubled, or changed places with the next."""
+    for i in range(len(name)):
+        yield name[:i] + name[i + 1 :]
+        yield name[: i + 1] + name[i:]
+        yield name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]
+
+
+@pytest.mark.parametrize("kind", ["setting", "lora setting"])
+def test_every_typo_of_every_setting_is_refused_with_its_name(kind):
+    names = (TrainConfig if kind == "setting" else LoraConfig).model_fields
+    for name in names:
+        for typo in set(typos(name)) - {*names, *ELSEWHERE, ""}:
+            given = {typo: 1} if kind == "setting" else {"lora": {typo: 1}}
+            with pytest.raises(ValueError, match=f"unknown {kind} '{typo}'; did you mean '{name}'"):
+                TrainConfig(**given)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.text(st.characters(exclude_categories=("C", "Z")), min_size=1))
+@example(name="model_config")
+@example(name="__class__")
+@example(name="_origins")
+@example(name="Lr")
+def test_row_21_no_unknown_key_is_taken_from_a_file(tmp_path_factory, name):
+    """By hypothesis: whatever it is called, wherever it stands."""
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    for names, values in (
+        (TrainConfig.model_fields, {"lr": 1, name: 1, "seed": 2}),
+        (LoraConfig.model_fields, {"seed": 2, "lora": {"r": 2, name: 1}}),
+    ):
+        assume(name not in names)
+        file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        with pytest.raises(ValueError, match="(?s)unknown (lora )?setting .*; (did you m|known: )"):
+            load_config(file)
 
 
 def test_missing_file_is_a_value_error(tmp_path):

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sloth
@@ -192,11 +192,14 @@ def test_samples_of_a_real_model_are_what_it_generates_and_leave_codes_packed(fo
 
 
 class Watch(TorchDispatchMode):
-    """The most bytes of results alive at once, the most rows of one as wide as the vocabulary."""
+    """The most bytes of results alive at once, the most rows of one as wide as the vocabulary;
+    views of weights are none.
+    """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size = network.config.vocab_size
+        self.weights = {p.untyped_storage()._cdata for p in network.parameters()}
         self.alive: dict[int, int] = {}
         self.peak_bytes = self.rows_of_logits = 0
 
@@ -210,7 +213,7 @@ class Watch(TorchDispatchMode):
     def _note(self, tensor):
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.alive:
+        if key in self.alive or key in self.weights:
             return
         self.alive[key] = storage.nbytes()
         weakref.finalize(tensor, self.alive.pop, key, None)
@@ -222,6 +225,16 @@ class Watch(TorchDispatchMode):
 def test_evaluation_holds_less_than_a_training_step_and_no_logits(folder):
     """Row 16: no activation is kept; logits exist of trained tokens only, in chunks."""
     model = load(folder).add_lora(LoraConfig(r=4))
+    chunk_rows = 3
+    row_bytes = model.config.vocab_size * torch.float32.itemsize
+    planned = model.network.planner
+
+    def in_small_chunks(batch, seq):
+        keeps = planned(batch, seq)
+        model.network.head_chunk_bytes = chunk_rows * row_bytes
+        return keeps
+
+    model.network.planner = in_small_chunks
     run = Trainer(model, ROWS, batch_size=4, eval_data=ROWS)
     batch = run._batch(run.data, [0, 2, 5, 9])
 
@@ -233,13 +246,13 @@ def test_evaluation_holds_less_than_a_training_step_and_no_logits(folder):
         return measured
 
     model.network.train()
-    with Watch(model.config.vocab_size) as training:
+    with Watch(model.network) as training:
         measure([]).backward()
-    with Watch(model.config.vocab_size) as looking:
+    with Watch(model.network) as looking:
         summed([[0, 2, 5, 9]], measure, model.network)
     assert kept == [True, False]
     assert looking.peak_bytes <= training.peak_bytes
-    assert 0 < looking.rows_of_logits <= batch.num_trained < batch.tokens.numel()
+    assert looking.rows_of_logits == chunk_rows < batch.num_trained < batch.tokens.numel()
 
 
 def test_evaluation_draws_nothing_and_keeps_the_mode():

@@ -58,8 +58,15 @@ def test_published_adapter_gives_the_trained_models_logits(folder, tmp_path):
 
 def test_full_fine_tune_writes_a_model_that_loads(folder, tmp_path):
     model = load(folder)
+    before = {name: p.detach().clone() for name, p in model.network.named_parameters()}
     report = model.train(ROWS, max_steps=2, lr=1e-3, output=tmp_path / "run")
+    trained = dict(model.network.named_parameters())
+    assert trained.keys() == before.keys()
+    assert not [name for name, p in trained.items() if torch.equal(p, before[name])]
     again = sloth.load(report.paths["model"], device="cpu")
+    reloaded = dict(again.network.named_parameters())
+    assert reloaded.keys() == trained.keys()
+    assert not [name for name, p in reloaded.items() if not torch.equal(p, trained[name])]
     assert torch.equal(again.logits(TOKENS), model.logits(TOKENS))
 
 

@@ -18,7 +18,7 @@ from sloth.train.ranks import Ranks
 from sloth.train.trainer import Trainer
 from tests import tolerance
 from tests.train.fakes import PAIRS, ROWS, FakeModel
-from tests.train.rank_script import GRADIENTS, LOOKS, PREFERENCES, gradients
+from tests.train.rank_script import GRADIENTS, LOOKS, PLACES, PREFERENCES, gradients
 from tests.train.runs import ROOT, SETTINGS, train
 
 LONGEST_S = 60
@@ -149,13 +149,19 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(told):
     assert told["signal"] == [["Interrupted", 143], ["Interrupted", 143]]
 
 
-@pytest.mark.parametrize("place", ["data", "step", "update", "save"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_rank_that_fails_ends_the_others(told, place):
     """Row 30. The whole file's processes end within a minute, so nobody hangs."""
     assert [outcome[0] for outcome in told[f"{place} 1"]] == (
         ["RankFailed", "Mine"] if place != "save" else [told["dropout"][0][0]] * 2
     )
     assert [outcome[0] for outcome in told[f"{place} 0"]] == ["Mine", "RankFailed"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each place needs fork")
+@pytest.mark.parametrize("place", PLACES)
+def test_row_30_no_rank_ends_in_success_where_one_fails(told, place):
+    assert told[f"exit {place}"] == [1, 1]
 
 
 @pytest.mark.parametrize(

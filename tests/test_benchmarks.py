@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from benchmarks import prepare_rows, report, roofline, run
-from benchmarks.cases import KernelCase, relative_error, run_case, within
 from benchmarks.common import RESULT_MARK, find_results, percentile
 from benchmarks.data import IGNORED, MEAN_LENGTH, document_lengths, packed_batch, random_batch
-from benchmarks.kernels import attention, folded_products
 from benchmarks.report import DifferentGPUs, Row, disagreement, median_rows, merge, render, slug
 from benchmarks.roofline import ModelShape
 from sloth.models import ARCHITECTURES
@@ -345,53 +343,6 @@ def test_the_tarball_leaves_out_what_no_step_reads() -> None:
 
 
 # -- kernel cases ----------------------------------------------------------------------------------
-
-
-def test_a_wrong_contender_is_not_timed_and_a_missing_one_says_so() -> None:
-    x = torch.linspace(-1, 1, 64)
-
-    def missing() -> None:
-        raise ModuleNotFoundError("no peer")
-
-    case = KernelCase(
-        "double",
-        lambda: (2 * x,),
-        {
-            "eager": lambda: lambda: ((2 * x.bfloat16()),),
-            "good": lambda: lambda: (x + x,),
-            "wrong": lambda: lambda: (2.1 * x,),
-            "nan": lambda: lambda: (x * float("nan"),),
-            "missing": missing,  # type: ignore[dict-item]
-        },
-        num_bytes=512.0,
-    )
-    rows = {row["who"]: row for row in run_case(case, repeats=2)}
-    assert rows["eager"]["us"] > 0 and rows["good"]["us"] > 0 and "tb_s" in rows["good"]
-    assert "us" not in rows["wrong"] and "not timed" in rows["wrong"]["failed"]
-    assert "us" not in rows["nan"]
-    assert rows["missing"]["failed"] == "ModuleNotFoundError: no peer"
-
-
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_attention_is_held_against_its_window_cap_and_documents(softcap: float | None) -> None:
-    small = ModelShape(2, 32, 48, 2, 1, 16, 64, (100, None), softcap)
-    for case in attention.cases(small, num_tokens=256):
-        outputs = case.contenders["sloth"]()()
-        assert max(relative_error(outputs, case.truth())) < 0.02, case.name
-
-
-def test_folded_products_are_held_against_base_and_adapter() -> None:
-    small = ModelShape(2, 32, 48, 2, 1, 16, 64, (None, None), None)
-    cases = list(folded_products.cases(small, num_tokens=24))
-    assert len(cases) == 8  # four stacks, each after its limit
-    for case in cases:
-        for build in case.contenders.values():
-            assert max(relative_error(build()(), case.truth())) < 0.02, case.name
-
-
-def test_errors_are_held_against_the_baselines() -> None:
-    assert within([0.019, 0.001], [0.01, 0.0])
-    assert not within([0.021, 0.001], [0.01, 0.0])
 
 
 def test_preparing_rows_is_timed_on_all_of_them(

@@ -151,6 +151,8 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Res
 
 def _local(name: str) -> Path | None:
     """The folder or file of that name, if there is one."""
+    if not name.strip():  # which a path would read as the working folder
+        return None
     try:
         path = Path(name).expanduser()
         return path if path.is_dir() or path.is_file() else None

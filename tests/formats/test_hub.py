@@ -107,6 +107,8 @@ def test_misspelt_aliases_are_answered_with_the_nearest(typed):
 
 
 STRANGE = {
+    "nothing": "",
+    "a space": " ",
     "up and back": "../x/..",
     "up": "../x",
     "ends up": "x/..",

@@ -40,14 +40,14 @@ class CompilingAhead:
 
     def __call__(self, kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """A launch of the kernel with these arguments will come."""
-        tensors = [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)]
-        if any(x.data_ptr() % _ALIGNMENT for x in tensors):
+        is_unaligned = any(isinstance(x, Tensor) and x.data_ptr() % _ALIGNMENT for x in args)
+        if is_unaligned or any(isinstance(x, Tensor) for x in keywords.values()):
             return  # it is compiled when it comes
-        types = tuple(map(_type_of, args))
-        named = {name: _type_of(keywords[name]) for name in sorted(keywords)}
-        key = kernel, tuple(map(_kind, types)), tuple(named.items())
+        # Types stand for tensors, which are free to go; they can only by position.
+        types = tuple(x.dtype if isinstance(x, Tensor) else x for x in args)
+        key = kernel, tuple(map(_kind, types)), tuple(sorted(keywords.items(), key=str))
         if key not in self._jobs:
-            self._jobs[key] = self._pool.submit(self._compile, kernel, types, named)
+            self._jobs[key] = self._pool.submit(self._compile, kernel, types, keywords)
 
     def _compile(self, kernel: Any, types: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         with torch.cuda.device(self._device):
@@ -59,11 +59,6 @@ class CompilingAhead:
             for job in self._jobs.values():
                 job.result()
         return len(self._jobs)
-
-
-def _type_of(value: Any) -> Any:
-    """A type stands for a tensor, which is free to go."""
-    return value.dtype if isinstance(value, Tensor) else value
 
 
 def _kind(value: Any) -> Any:

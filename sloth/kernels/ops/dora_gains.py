@@ -328,18 +328,25 @@ class GainsLaunches:
         for nested, rows in codes.items():
             numbers = next((x for x in maps if x is not None), code)
             blocks = {"BLOCKSIZE": BLOCKSIZE, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE}
-            tables = {"code_ptr": code, "map_ptr": numbers, "NESTED": nested, **blocks}
-            self._add(_code_cross_kernel, rows, 2, {**tables, **sizes, **_CODE_OPTIONS})
-        self._add(_dense_cross_kernel, dense, 2, {"COLS": _COLS, **sizes, **_CROSS_OPTIONS})
+            options = {"NESTED": nested, **blocks, **sizes, **_CODE_OPTIONS}
+            self._add(_code_cross_kernel, rows, 2, (code, numbers), options)
+        self._add(_dense_cross_kernel, dense, 2, (), {"COLS": _COLS, **sizes, **_CROSS_OPTIONS})
         factors = [float(each.scale) for each in matrices]
         scales = torch.tensor(factors, dtype=torch.float32, device=device)
         kinds = {"FACTOR": triton_dtype(first.B.dtype), "LENGTH": triton_dtype(first.m.dtype)}
-        tables = {"scales_ptr": scales, "ROWS": _GAIN_ROWS, "CHUNK": _MIN_RANK}
-        self._add(_gains_kernel, gains, 4, {**tables, **kinds, **same})
+        options = {"ROWS": _GAIN_ROWS, "CHUNK": _MIN_RANK, **kinds, **same}
+        self._add(_gains_kernel, gains, 4, (scales,), options)
 
-    def _add(self, kernel: Any, rows: list[list[int]], size: int, options: dict[str, Any]) -> None:
+    def _add(
+        self,
+        kernel: Any,
+        rows: list[list[int]],
+        size: int,
+        pointers: tuple[Tensor, ...],
+        options: dict[str, Any],
+    ) -> None:
         """A launch for rows of a table, whose first field is how many programs a tile of matrix
-        rows takes, and field `size` the number of these rows."""
+        rows takes, and field `size` the number of these rows. pointers: between table and sums."""
         programs = 0
         for row in rows:
             own = row[0] * -(-row[size] // options["ROWS"])
@@ -347,10 +354,10 @@ class GainsLaunches:
             programs += own
         table = torch.tensor(rows, device=self._device)
         options |= {"NUM_PARTS": len(rows), "FIELDS": len(rows[0])}
-        self._launches.append(partial(kernel[(programs,)], table_ptr=table, **options))
+        self._launches.append(partial(kernel[(programs,)], table, *pointers, **options))
 
     def run(self) -> None:
         """Take the gains."""
         sums = torch.empty(self._num_sums, dtype=torch.float32, device=self._device)
         for launch in self._launches:
-            launch(sums_ptr=sums)
+            launch(sums)

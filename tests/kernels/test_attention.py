@@ -270,6 +270,7 @@ def test_fp32_on_a_gpu_keeps_the_kernel_that_takes_any_shape(num_queries, num_ke
         ((8, 0), 128, "flash", "flash"),
         ((9, 0), 128, "cudnn", "triton"),
         ((9, 0), 256, "cudnn", "triton"),
+        ((9, 0), 192, "triton", "triton"),
         ((10, 0), 128, "cudnn", "flash"),
         ((10, 0), 256, "flash", "flash"),
     ],

@@ -30,11 +30,11 @@ def choose_backend(
         window of 1024                0.53/1.36  0.43/1.15             0.42/1.56  0.39/1.50
         packed, 1x8192                0.35/0.92  0.21/0.72             0.21/0.93  0.31/0.86
 
-    So a Hopper takes cuDNN for plain causal rows, whose backward is not deterministic, and our own
-    kernel (`flash_attention.py`) for the rest. Other GPUs, for which ours is not tuned, take
-    FlashAttention's there, and every GPU when it decodes; those newer than Hopper cuDNN up to heads
-    of 128. A cache of fixed size goes to a kernel of its own (`decode_attention.py`), which has no
-    backward. No mask of T x T is made.
+    So a Hopper takes cuDNN for plain causal rows, up to heads of 128 and of 256, whose backward is
+    not deterministic, and our own kernel (`flash_attention.py`) for the rest. Other GPUs, for which
+    ours is not tuned, take FlashAttention's there, and every GPU when it decodes; those newer than
+    Hopper cuDNN up to heads of 128. A cache of fixed size goes to a kernel of its own
+    (`decode_attention.py`), which has no backward. No mask of T x T is made.
 
     fp32 goes to the memory-efficient kernel, which wants a mask where causal order is not all.
     There, and for a softcap, our own serves where T == S and bounds are known; fp64 and what no
@@ -56,9 +56,9 @@ def choose_backend(
     if q.dtype not in _HALF or head_dim > 256:
         return "triton" if ours and not is_plain else "efficient"
     major = torch.cuda.get_device_capability(q.device)[0]
-    widest = 256 if major == 9 else 128 if major > 9 else 0
+    fits = (major >= 9 and head_dim <= 128) or (major == 9 and head_dim == 256)  # as measured
     exact = torch.are_deterministic_algorithms_enabled()
-    if num_queries > 1 and is_plain and head_dim <= widest and not exact:
+    if num_queries > 1 and is_plain and fits and not exact:
         return "cudnn"
     if num_queries > 1 and major == 9 and ours:
         return "triton"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
-from sloth.kernels.dispatch import OPS
+from sloth.kernels.dispatch import ops_of
 from sloth.kernels.ops.nf4_matvec import serves
 from sloth.lora import projections
 from sloth.models.cache import KVCache
@@ -104,7 +104,7 @@ def dequantised_while_generating(network: Decoder, dtype: torch.dtype, rows: int
     One row on a GPU multiplies by the codes themselves, which are fewer bytes than a copy.
     """
     packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
-    reads_codes = rows == 1 and network.model.norm.ops is OPS  # the reference multiplies by a copy
+    reads_codes = rows == 1 and network.model.norm.ops is not ops_of("reference")
     if reads_codes and all(serves(module.nf4, dtype) for module in packed):
         packed = []
     size = torch.empty((), dtype=dtype).element_size()

@@ -41,6 +41,15 @@ _TILE = 64
 
 
 @jit
+def part_of(program, table_ptr, NUM_PARTS: tl.constexpr, FIELDS: tl.constexpr):
+    """Row of the table that a program works on; its first field is the part's first program."""
+    part = 0
+    for i in tl.static_range(1, NUM_PARTS):
+        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
+    return part
+
+
+@jit
 def _nf4_batch_kernel(
     table_ptr,
     code_ptr,
@@ -58,10 +67,7 @@ def _nf4_batch_kernel(
     """A row of the table is a matrix: its first program, addresses, element count, columns, row
     stride, address of its gains."""
     program = tl.program_id(0).to(tl.int64)
-    part = 0
-    for i in tl.static_range(1, NUM_PARTS):
-        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
-    row_ptr = table_ptr + part * FIELDS
+    row_ptr = table_ptr + part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
     codes_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(tl.uint8))
     absmax_address = tl.load(row_ptr + 2)
     if NESTED:

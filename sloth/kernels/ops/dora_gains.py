@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.engine import HAS_TRITON, engine_for, jit, tl, triton_dtype
+from sloth.kernels.ops.batch import part_of
 from sloth.kernels.ops.dora import Gains
 from sloth.kernels.ops.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, NF4Weight, nf4_code
 from sloth.kernels.rows import next_power_of_2
@@ -41,15 +42,6 @@ _CROSS_OPTIONS = {"num_warps": 4, "num_stages": 3}
 # As the codes are unpacked elsewhere: a scale is rounded before its offset is added.
 _CODE_OPTIONS = {**_CROSS_OPTIONS, "enable_fp_fusion": False}
 _CODE_FIELDS, _DENSE_FIELDS, _GAINS_FIELDS = 11, 9, 13
-
-
-@jit
-def _part_of(program, table_ptr, NUM_PARTS: tl.constexpr, FIELDS: tl.constexpr):
-    """Row of the table that a program works on; its first field is the part's first program."""
-    part = 0
-    for i in tl.static_range(1, NUM_PARTS):
-        part += (program >= tl.load(table_ptr + i * FIELDS)).to(tl.int32)
-    return part
 
 
 @jit
@@ -71,7 +63,7 @@ def _code_cross_kernel(
     """A row of the table: first program, place of its sums, rows, columns, ranks, A and its row
     stride, codes, absmax, nested absmax, offset."""
     program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + _part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
+    row_ptr = table_ptr + part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
     num_rows, num_cols = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     A_ptr = tl.multiple_of(tl.load(row_ptr + 5).to(tl.pointer_type(DTYPE)), 16)
     A_stride = tl.multiple_of(tl.load(row_ptr + 6), 8)
@@ -134,7 +126,7 @@ def _dense_cross_kernel(
     """A row of the table: first program, place of its sums, rows, columns, ranks, A and its row
     stride, W and its row stride."""
     program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + _part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
+    row_ptr = table_ptr + part_of(program, table_ptr, NUM_PARTS, FIELDS) * FIELDS
     num_rows, num_cols = tl.load(row_ptr + 2), tl.multiple_of(tl.load(row_ptr + 3), 16)
     A_ptr = tl.multiple_of(tl.load(row_ptr + 5).to(tl.pointer_type(DTYPE)), 16)
     W_ptr = tl.multiple_of(tl.load(row_ptr + 7).to(tl.pointer_type(DTYPE)), 16)
@@ -183,7 +175,7 @@ def _gains_kernel(
     """A row of the table: first program, places of the sums C and G, spans, rows, ranks, B and its
     row stride, m, squared norms, g, s g, 1 / m."""
     program = tl.program_id(0).to(tl.int64)
-    part = _part_of(program, table_ptr, NUM_PARTS, FIELDS)
+    part = part_of(program, table_ptr, NUM_PARTS, FIELDS)
     row_ptr = table_ptr + part * FIELDS
     num_rows, num_ranks = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
     rows = (program - tl.load(row_ptr)) * ROWS + tl.arange(0, ROWS)

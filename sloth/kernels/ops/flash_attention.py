@@ -77,8 +77,9 @@ def key_ranges(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(start, whole from, whole to, stop): the keys that a tile of queries sees. Tiles of keys
-    within the middle two are seen by every query. All but `stop` are multiples of BLOCK_K.
+    """(start, whole from, whole to, stop): the keys that a tile of queries sees, in three
+    stretches. Tiles of keys in the middle one are seen by every query: only the others need a mask,
+    and the first is empty without window and documents. All but `stop` are multiples of BLOCK_K.
 
     first_ptr: where the document of each of the row's tokens begins.
     """
@@ -96,6 +97,15 @@ def key_ranges(
     whole_stop = tl.maximum(((start_row + 1) // BLOCK_K) * BLOCK_K, start)
     whole = tl.minimum(whole, whole_stop)
     return start, whole, whole_stop, last_row + 1
+
+
+@jit
+def seen_keys(rows, cols, first, WINDOW: tl.constexpr):
+    """[rows, cols]: which keys the queries see; first: where each query's document begins."""
+    seen = (cols[None, :] <= rows[:, None]) & (cols[None, :] >= first[:, None])
+    if WINDOW is not None:
+        seen = seen & (rows[:, None] - cols[None, :] < WINDOW)
+    return seen
 
 
 @jit
@@ -128,10 +138,7 @@ def _attend(
         k = load_tile(k_head, cols, k_stride, num_tokens, dims, HEAD_DIM, MASKED)
         scores, _ = bent_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, SOFTCAP)
         if MASKED:
-            seen = (cols[None, :] <= rows[:, None]) & (cols[None, :] >= first[:, None])
-            if WINDOW is not None:
-                seen = seen & (rows[:, None] - cols[None, :] < WINDOW)
-            scores = tl.where(seen, scores, -float("inf"))
+            scores = tl.where(seen_keys(rows, cols, first, WINDOW), scores, -float("inf"))
         v = load_tile(v_head, cols, v_stride, num_tokens, dims, HEAD_DIM, MASKED)
         if BOUNDED:
             weights = tl.exp2(scores)
@@ -195,7 +202,7 @@ def _flash_fwd_kernel(
     first = tl.zeros((BLOCK_Q,), tl.int32)
     if HAS_DOCUMENTS:
         first = tl.load(first_ptr + b * num_tokens + rows, mask=rows < num_tokens, other=0)
-    start, whole, whole_stop, stop = key_ranges(
+    edges = key_ranges(
         first_ptr + b * num_tokens,
         tile * BLOCK_Q,
         num_tokens,
@@ -207,76 +214,31 @@ def _flash_fwd_kernel(
     largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
-    if HAS_DOCUMENTS or WINDOW is not None:
-        acc, total, largest = _attend(
-            acc,
-            total,
-            largest,
-            q,
-            k_head,
-            v_head,
-            k_stride_t,
-            v_stride_t,
-            rows,
-            dims,
-            first,
-            start,
-            whole,
-            num_tokens,
-            scale,
-            True,
-            WINDOW,
-            SOFTCAP,
-            BOUNDED,
-            HEAD_DIM,
-            BLOCK_K,
-        )
-    acc, total, largest = _attend(
-        acc,
-        total,
-        largest,
-        q,
-        k_head,
-        v_head,
-        k_stride_t,
-        v_stride_t,
-        rows,
-        dims,
-        first,
-        whole,
-        whole_stop,
-        num_tokens,
-        scale,
-        False,
-        WINDOW,
-        SOFTCAP,
-        BOUNDED,
-        HEAD_DIM,
-        BLOCK_K,
-    )
-    acc, total, largest = _attend(
-        acc,
-        total,
-        largest,
-        q,
-        k_head,
-        v_head,
-        k_stride_t,
-        v_stride_t,
-        rows,
-        dims,
-        first,
-        whole_stop,
-        stop,
-        num_tokens,
-        scale,
-        True,
-        WINDOW,
-        SOFTCAP,
-        BOUNDED,
-        HEAD_DIM,
-        BLOCK_K,
-    )
+    for stretch in tl.static_range(3):
+        if stretch != 0 or HAS_DOCUMENTS or WINDOW is not None:
+            acc, total, largest = _attend(
+                acc,
+                total,
+                largest,
+                q,
+                k_head,
+                v_head,
+                k_stride_t,
+                v_stride_t,
+                rows,
+                dims,
+                first,
+                edges[stretch],
+                edges[stretch + 1],
+                num_tokens,
+                scale,
+                stretch != 1,
+                WINDOW,
+                SOFTCAP,
+                BOUNDED,
+                HEAD_DIM,
+                BLOCK_K,
+            )
     safe = tl.where(total == 0.0, 1.0, total)
     out_head = out_ptr + b * out_stride_b + h * out_stride_h
     store_tile(out_head, acc / safe[:, None], rows, out_stride_t, num_tokens, dims, HEAD_DIM)

@@ -18,6 +18,7 @@ from sloth.kernels.ops.flash_attention import (
     empty_like_heads,
     key_ranges,
     load_tile,
+    seen_keys,
     store_tile,
 )
 
@@ -56,10 +57,7 @@ def _add_dq(
         scores, bent = bent_scores(products, scale, SOFTCAP)
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:
-            seen = (cols[None, :] <= rows[:, None]) & (cols[None, :] >= first[:, None])
-            if WINDOW is not None:
-                seen = seen & (rows[:, None] - cols[None, :] < WINDOW)
-            weights = tl.where(seen, weights, 0.0)
+            weights = tl.where(seen_keys(rows, cols, first, WINDOW), weights, 0.0)
         ds = dscores(weights, dweights, delta[:, None], bent)
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
     return dq
@@ -126,7 +124,7 @@ def _flash_dq_kernel(
     first = tl.zeros((BLOCK_Q,), tl.int32)
     if HAS_DOCUMENTS:
         first = tl.load(first_ptr + b * num_tokens + rows, mask=inside, other=0)
-    start, whole, whole_stop, stop = key_ranges(
+    edges = key_ranges(
         first_ptr + b * num_tokens,
         tile * BLOCK_Q,
         num_tokens,
@@ -136,76 +134,31 @@ def _flash_dq_kernel(
         BLOCK_K,
     )
     dq = tl.zeros((BLOCK_Q, BLOCK_E), tl.float32)
-    if HAS_DOCUMENTS or WINDOW is not None:
-        dq = _add_dq(
-            dq,
-            q,
-            dout,
-            lse,
-            delta,
-            k_head,
-            v_head,
-            k_stride_t,
-            v_stride_t,
-            rows,
-            dims,
-            first,
-            start,
-            whole,
-            num_tokens,
-            scale,
-            True,
-            WINDOW,
-            SOFTCAP,
-            HEAD_DIM,
-            BLOCK_K,
-        )
-    dq = _add_dq(
-        dq,
-        q,
-        dout,
-        lse,
-        delta,
-        k_head,
-        v_head,
-        k_stride_t,
-        v_stride_t,
-        rows,
-        dims,
-        first,
-        whole,
-        whole_stop,
-        num_tokens,
-        scale,
-        False,
-        WINDOW,
-        SOFTCAP,
-        HEAD_DIM,
-        BLOCK_K,
-    )
-    dq = _add_dq(
-        dq,
-        q,
-        dout,
-        lse,
-        delta,
-        k_head,
-        v_head,
-        k_stride_t,
-        v_stride_t,
-        rows,
-        dims,
-        first,
-        whole_stop,
-        stop,
-        num_tokens,
-        scale,
-        True,
-        WINDOW,
-        SOFTCAP,
-        HEAD_DIM,
-        BLOCK_K,
-    )
+    for stretch in tl.static_range(3):
+        if stretch != 0 or HAS_DOCUMENTS or WINDOW is not None:
+            dq = _add_dq(
+                dq,
+                q,
+                dout,
+                lse,
+                delta,
+                k_head,
+                v_head,
+                k_stride_t,
+                v_stride_t,
+                rows,
+                dims,
+                first,
+                edges[stretch],
+                edges[stretch + 1],
+                num_tokens,
+                scale,
+                stretch != 1,
+                WINDOW,
+                SOFTCAP,
+                HEAD_DIM,
+                BLOCK_K,
+            )
     dq_head = dq_ptr + b * dq_stride_b + h * dq_stride_h
     store_tile(dq_head, dq * scale, rows, dq_stride_t, num_tokens, dims, HEAD_DIM)
 

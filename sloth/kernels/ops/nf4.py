@@ -127,6 +127,26 @@ def nf4_dequantize_reference(w: NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 @jit
+def block_scales(
+    absmax_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    map_ptr,
+    block,
+    mask,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+):
+    """The fp32 scale of each of these blocks."""
+    absmax = tl.load(absmax_ptr + block, mask=mask, other=0)
+    if NESTED:
+        value = tl.load(map_ptr + absmax.to(tl.int32))
+        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        absmax = value * nested + tl.load(offset_ptr)
+    return absmax
+
+
+@jit
 def unpack_blocks(
     codes_ptr,
     absmax_ptr,
@@ -153,11 +173,16 @@ def unpack_blocks(
     block = first_block.to(tl.int32) + tl.arange(0, BLOCKS)
     start = block.to(tl.int64) * BLOCKSIZE
     block_mask = start < num_elements
-    absmax = tl.load(absmax_ptr + block, mask=block_mask, other=0)
-    if NESTED:
-        value = tl.load(map_ptr + absmax.to(tl.int32))
-        scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=block_mask, other=0.0)
-        absmax = value * scale + tl.load(offset_ptr)
+    absmax = block_scales(
+        absmax_ptr,
+        nested_absmax_ptr,
+        offset_ptr,
+        map_ptr,
+        block,
+        block_mask,
+        NESTED,
+        NESTED_BLOCKSIZE,
+    )
     if WHOLE_ROWS:  # no block straddles two rows: one division a block
         blocks_per_row = (num_cols // BLOCKSIZE).to(tl.int32)
         row = block // blocks_per_row

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.engine import engine_for, jit, tl
-from sloth.kernels.ops.nf4 import NF4Weight, nf4_code
+from sloth.kernels.ops.nf4 import NF4Weight, block_scales, nf4_code
 from sloth.kernels.rows import next_power_of_2, warps_for
 
 # Blocks that a program takes at a time of each of its outputs, on which x is spent before the next
@@ -76,11 +76,16 @@ def _nf4_matvec_kernel(
         seen = inside[:, None] & whole[None, :]
         at = codes_ptr + block[:, :, None] * HALF + lanes[None, None, :]
         packed = tl.load(at, mask=seen[:, :, None], other=0).to(tl.int32)
-        absmax = tl.load(absmax_ptr + block, mask=seen, other=0)
-        if NESTED:
-            value = tl.load(map_ptr + absmax.to(tl.int32))
-            nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=seen, other=0.0)
-            absmax = value * nested + tl.load(offset_ptr)
+        absmax = block_scales(
+            absmax_ptr,
+            nested_absmax_ptr,
+            offset_ptr,
+            map_ptr,
+            block,
+            seen,
+            NESTED,
+            NESTED_BLOCKSIZE,
+        )
         pairs = column[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
         x = tl.load(x_ptr + pairs, mask=whole[:, None], other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(x, (BLOCKS, HALF, 2)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.cases import KernelCase, Outputs
 from benchmarks.common import DEVICE
 from benchmarks.roofline import ModelShape
-from sloth.kernels.layer import GROUPS, prepare_stack
+from sloth.kernels.layer import GROUPS, Workspace, prepare_stack
 from sloth.kernels.ops.batch import CopyBatch
 from sloth.linear import Linear
 
@@ -44,7 +44,7 @@ def _case(name: str, num_tokens: int, sizes: list[tuple[int, int]]) -> KernelCas
     dy = torch.randn(num_tokens, outer, device=DEVICE, dtype=DTYPE)
 
     def own() -> Outputs:
-        stack = prepare_stack(name, members, DTYPE, None)
+        stack = prepare_stack(name, members, DTYPE, Workspace(), own=False)
         CopyBatch(stack.copies()).run()
         wide_x, wide_dy = stack.new_input(num_tokens), stack.new_output_gradient(num_tokens)
         wide_x[:, :inner], wide_dy[:, :outer] = x, dy

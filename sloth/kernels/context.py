@@ -19,7 +19,8 @@ class Keep:
     down_proj is never made again, whatever is kept. tile_tokens: rows the MLP works on at a time,
     None for all; the products are then not kept. offload: the layer's input and what else is kept,
     but for gate and up, wait in host memory.
-    resident: its NF4 matrices stay unpacked instead of being unpacked twice a step.
+    resident: its NF4 matrices stay unpacked instead of being unpacked twice a step; once with
+    DoRA, whose gains change them at every step.
     recorded: of all layers or none: the passes are replayed as CUDA graphs (`recording.py`).
     """
 

@@ -7,7 +7,7 @@ and the next one fills it anew. So a workspace serves one stream at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,8 +67,9 @@ class Wiring:
 class FusedLayer:
     """What a twin needs of one block, prepared: its stacks, its norms, what fills the scratch.
 
-    resident: its NF4 matrices stay unpacked, in scratch of its own; DoRA, whose gains change them
-    at every step, and products of 8-bit floats refuse it (KernelUnavailable).
+    resident: its NF4 matrices stay unpacked, in scratch of its own; those with DoRA's gains, which
+    change at every step, from each forward to its backward. Products of 8-bit floats refuse it
+    (KernelUnavailable).
     stacks: by name. norms: modules with weight, eps and offset. matrices: A, B and magnitudes of
     every projection in stack order, None without one or while the adapter is switched off. like:
     the same block with the adapter switched otherwise, whose stacks it shares, but for those with
@@ -102,28 +103,30 @@ class FusedLayer:
             raise KernelUnavailable(
                 f"a layer with base_compute={self.base_compute!r} keeps nothing unpacked"
             )
+        self.switches = self.switches_now()
         for name, paths in GROUPS.items():
             known = None if like is None else like.stacks[name]
             if known is None or known.is_dora:
                 members = [modules[path] for path in paths]
-                known = prepare_stack(name, members, dtype, None if resident else workspace)
+                # One variant of a block at most has room for rows that gains have scaled.
+                own = resident and (all(self.switches) or not has_magnitudes(members))
+                known = prepare_stack(name, members, dtype, workspace, own)
             self.stacks[name] = known
         self.qkv, self.o = self.stacks["qkv"], self.stacks["o"]
         self.gate_up, self.down = self.stacks["gate_up"], self.stacks["down"]
         every = list(self.stacks.values())
-        self._codes = NF4Batch([part for stack in every for part in stack.codes()])
+        # Unpacked now, before each forward, and before each backward.
+        if like is None:
+            NF4Batch([p for s in every if s.is_own and not s.is_dora for p in s.codes()]).run()
+        changing = [s for s in every if s.is_dora or not s.is_own]
+        self._codes = NF4Batch([part for stack in changing for part in stack.codes()])
+        shared = [s for s in every if not s.is_own]
+        self._codes_again = NF4Batch([part for stack in shared for part in stack.codes()])
         self._copies = CopyBatch([part for stack in every for part in stack.copies()])
         # Taken before each forward.
         self._gains = GainsBatch([p for s in every if isinstance(s, Stack) for p in s.gain_parts()])
         self.is_dora: bool = any(stack.is_dora for stack in every)
-        if resident and self.is_dora:
-            raise KernelUnavailable("a layer with DoRA cannot stay unpacked: its rows are scaled")
-        if resident:
-            if like is None:
-                self._codes.run()
-            self._codes = NF4Batch([])
         self._state = self._states()
-        self.switches = self.switches_now()
         self.matrices: list[Tensor | None] = []
         for member in self.members:
             lora = member.lora
@@ -138,8 +141,8 @@ class FusedLayer:
     @property
     def unpacked(self) -> list[Tensor]:
         """Matrices that only this layer holds, unpacked from codes."""
-        stacks = self.stacks.values() if self.resident else ()
-        return [stack.scratch for stack in stacks if isinstance(stack, Stack)]
+        stacks = [s for s in self.stacks.values() if isinstance(s, Stack) and s.is_own]
+        return [stack.scratch for stack in stacks]
 
     def switches_now(self) -> Switches:
         """Which of its members' adapters are on."""
@@ -172,11 +175,13 @@ class FusedLayer:
         """Unpack the codes and write A and B as they are now, with DoRA's gains of now: two
         launches, seven with gains."""
         self._gains.run()
-        self.refill()
+        self._codes.run()
+        self._copies.run()
 
     def refill(self) -> None:
-        """The same for a backward: the gains are those of its forward, as A and B are."""
-        self._codes.run()
+        """The same for a backward, of what other layers wrote over: the gains are those of its
+        forward, as A and B are."""
+        self._codes_again.run()
         self._copies.run()
 
     def draw_dropout_masks(self, like: Tensor) -> dict[str, list[Tensor | None]]:
@@ -255,10 +260,9 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         """What it holds on the device beside the network's own tensors."""
-        tensors = [*self._scratch.values()]
-        for variants in self._layers.values():
-            layer = next(iter(variants.values()))
-            tensors += layer.unpacked
+        layers = [layer for variants in self._layers.values() for layer in variants.values()]
+        unpacked = {id(x): x for layer in layers for x in layer.unpacked}
+        tensors = [*self._scratch.values(), *unpacked.values()]
         copies = [part for _, weight in self._fp8.values() for part in weight]
         return sum(tensor.nbytes for tensor in tensors + copies)
 
@@ -314,10 +318,10 @@ def prepare(
 
 
 def prepare_stack(
-    name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace | None
+    name: str, members: list[Any], dtype: torch.dtype, workspace: Workspace, own: bool
 ) -> LoraStack:
-    """The stack of these projections, in scratch that the workspace shares or, without one or with
-    dense matrices, in its own."""
+    """The stack of these projections, in scratch that the workspace shares, or in its own: because
+    it is to stay unpacked (`own`), or because that is where its dense matrices live."""
     shape = StackShape(
         members[0].in_features,
         tuple(member.out_features for member in members),
@@ -325,22 +329,30 @@ def prepare_stack(
     )
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
-    # Also while the adapter is off, when the gains are 1: a dense matrix then stays where it is.
-    is_dora = any(member.lora_magnitude_vector is not None for member in members)
-    if workspace is not None and workspace.base_compute == "fp8":
+    is_dora = has_magnitudes(members)
+    if workspace.base_compute == "fp8":
         require_fp8(device, dtype)
         require_fp8_stack(name, shape, is_dora)
         return workspace.fp8_stack(name, members, shape, dtype)
     gains = None
     if is_dora:
         gains = Gains(*torch.empty(3, shape.num_outputs, dtype=compute_dtype(dtype), device=device))
-    if workspace is not None and (is_dora or not any(isinstance(base, Tensor) for base in bases)):
+    dense = [isinstance(base, Tensor) for base in bases]
+    own = own and not all(dense)
+    if not own and (is_dora or not any(dense)):
         return Stack(members, shape, workspace.scratch(name, shape, dtype, device), gains)
     scratch = shape.scratch(dtype, device)
-    for base, slot in zip(bases, shape.slots, strict=True):
-        if isinstance(base, Tensor):
-            _move_in(base, scratch[slot.rows, : shape.num_inputs])
-    return Stack(members, shape, scratch, gains)
+    if not is_dora:
+        for base, slot in zip(bases, shape.slots, strict=True):
+            if isinstance(base, Tensor):
+                _move_in(base, scratch[slot.rows, : shape.num_inputs])
+    return Stack(members, shape, scratch, gains, own)
+
+
+def has_magnitudes(members: Sequence[Any]) -> bool:
+    """Whether gains come into a stack of these; also while the adapter is off, when they are 1: a
+    dense matrix then stays where it is."""
+    return any(member.lora_magnitude_vector is not None for member in members)
 
 
 def _magnitudes(member: Any) -> Tensor | None:

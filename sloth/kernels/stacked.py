@@ -75,8 +75,11 @@ class LoraStack:
 
     How the product with W itself is formed is the subclass's: `Stack` here, `fp8.FP8Stack`.
     A [R, K], sB [N, R]: what the members' factors are copied into, zero elsewhere. gains: of each
-    output row, of a stack with DoRA; None for another.
+    output row, of a stack with DoRA; None for another. is_own: W stays unpacked in scratch that
+    nothing else writes.
     """
+
+    is_own = False
 
     def __init__(
         self,
@@ -257,7 +260,8 @@ class LoraStack:
 
 
 class Stack(LoraStack):
-    """One stack of a layer, in a scratch that `layer.FusedLayer.fill` keeps current."""
+    """One stack of a layer, in a scratch that `layer.FusedLayer.fill` keeps current, its `own` or
+    one that others share."""
 
     def __init__(
         self,
@@ -265,10 +269,11 @@ class Stack(LoraStack):
         shape: StackShape,
         scratch: Tensor,
         gains: Gains | None = None,
+        own: bool = False,
     ) -> None:
         N, K = shape.num_outputs, shape.num_inputs
         super().__init__(members, shape, scratch[N:, :K], scratch[:N, K:], gains)
-        self.scratch = scratch
+        self.scratch, self.is_own = scratch, own
 
     def codes(self) -> list[NF4Part]:
         parts = []

@@ -156,8 +156,7 @@ def make_plan(
     _, keeps, on_host = best
     if is_host_bound(memory):
         keeps = _recorded(memory, keeps, on_host, budget)
-    # DoRA's gains change the unpacked rows each step; products in 8 bits never read them.
-    if sizes.quantized and not any(sizes.dora) and not sizes.fp8:
+    if sizes.quantized and not sizes.fp8:  # products in 8 bits read nothing unpacked
         keeps = _with_residents(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 

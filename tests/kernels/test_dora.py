@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sloth.errors import KernelUnavailable
 from sloth.kernels import llama as twin
 from sloth.kernels.context import POLICIES, Keep
+from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.dora import (
     Magnitude,
     adapted_norms,
@@ -250,9 +250,41 @@ def test_squared_norms_follow_a_base_that_is_written_in_place() -> None:
     assert module.squared_norms(torch.float32) is first
 
 
-def test_a_layer_with_dora_refuses_to_stay_unpacked() -> None:
-    block = with_magnitudes(build(SMALL, base=Linear4bit))
-    context = context_of(SMALL, 9, torch.float64)
-    context.keep = Keep(resident=True)
-    with pytest.raises(KernelUnavailable, match="DoRA"):
-        twin.block(block, hidden_of(SMALL, 9, dtype=torch.float64), context)
+@pytest.mark.parametrize("targets", [ALL, SOME])
+def test_a_layer_with_dora_stays_unpacked_from_its_forward_to_its_backward(
+    targets: tuple[str, ...],
+) -> None:
+    """Bit-equal to one unpacked twice, with other forwards between: of other layers, of the same
+    one without its adapter and with it."""
+    found = []
+    for resident in (False, True):
+        workspace = Workspace()
+        blocks = [with_magnitudes(build(SMALL, targets, Linear4bit)) for _ in range(2)]
+        context = context_of(SMALL, 9, torch.float64)
+        context.keep = Keep(resident=resident)
+        hidden = hidden_of(SMALL, 9, dtype=torch.float64)
+        results, held = [], set()
+        for _ in range(2):
+            out = hidden
+            for block in blocks:
+                out = twin.block(block, out, context, workspace)
+            with torch.no_grad():
+                modules = [m for block in blocks for m in block.modules()]
+                projections = [m for m in modules if isinstance(m, Projection)]
+                for enabled in (False, True):
+                    for module in projections:
+                        module.lora_enabled = enabled
+                    results.append(twin.block(blocks[1], hidden, context, workspace))
+            wanted = [p for block in blocks for p in block.parameters() if p.requires_grad]
+            results += [out, *torch.autograd.grad(out.sum(), wanted)]
+            held.add(workspace.num_bytes)
+            with torch.no_grad():
+                for parameter in wanted:
+                    parameter.mul_(1.1)
+        assert len(held) == 1
+        found.append((results, held.pop()))
+    (twice, shared), (once, kept) = found
+    for ours, theirs in zip(once, twice, strict=True):
+        assert torch.equal(ours, theirs)
+    # Two layers, and what stacks with gains are unpacked into in another state of them.
+    assert 2 * shared < kept <= 3 * shared

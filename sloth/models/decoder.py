@@ -23,7 +23,7 @@ from sloth.kernels.engine import engine_for
 from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
-from sloth.kernels.ops.linear_cross_entropy import IGNORED, TrainedRows
+from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES, IGNORED, TrainedRows
 from sloth.kernels.ops.lora_linear import gains_of
 from sloth.kernels.recording import Recorder
 from sloth.linear import Linear, OpModule, Projection
@@ -68,7 +68,7 @@ class Decoder(OpModule):
     model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
     c tanh(logits / c); None for plain ones. base_compute: what the fused level's products with
     frozen matrices run on, read by `set_level`. head_chunk_bytes: of logits that `loss` holds at a
-    time, None for the op's own measure.
+    time, None for the least that is quick.
     """
 
     model_type: str
@@ -217,7 +217,7 @@ class Decoder(OpModule):
         hidden, weight = self._head_operands(self.hidden_states(tokens, positions))
         return self.ops.linear_cross_entropy(
             *(hidden.flatten(0, 1), weight, targets, num_trained, self.final_softcap, rows),
-            self.head_chunk_bytes,
+            self.head_chunk_bytes or CHUNK_BYTES,
         )
 
     def logprobs(

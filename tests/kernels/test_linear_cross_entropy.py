@@ -52,7 +52,7 @@ def with_labels(labels: Tensor, function: Any = linear_cross_entropy, **keywords
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
         # 9 words of fp64; the same bytes are 4 rows of fp32
-        monkeypatch.setattr(module, "CHUNK_BYTES", request.param * 9 * 8)
+        monkeypatch.setattr(module, "ROOMY_CHUNK_BYTES", request.param * 9 * 8)
 
 
 @pytest.mark.parametrize("softcap", SOFTCAPS)
@@ -102,7 +102,7 @@ def test_logits_of_all_rows_never_exist(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_rows, vocabulary, chunk = 90, 200, 7
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk * vocabulary * 4)
+    monkeypatch.setattr(module, "ROOMY_CHUNK_BYTES", chunk * vocabulary * 4)
     hidden, weight = randn(num_rows, 8), randn(vocabulary, 8, seed=1)
     labels = labels_of(num_rows, vocabulary)
 

@@ -45,9 +45,10 @@ NF4_CODE = (
 )
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
 
-# Blocks one program (a single warp) unpacks: 81% of copy bandwidth at 28672 x 4096 on an H200, 64
-# blocks by four warps 72%; a codebook in memory instead of registers 72%, a tree of selects 45%.
-UNPACK_BLOCKS = 16
+# Blocks one program (a single warp) unpacks. On an H200 at 28672 x 4096 16 give 81% of copy
+# bandwidth, 64 by four warps 72%; a codebook in memory instead of registers 72%, a tree of selects
+# 45%. On an H100 64 by one warp win alone (4096 x 4096: 18.1 us, 16: 19.5) and not in a batch.
+UNPACK_BLOCKS, _BLOCKS_ALONE = 16, 64
 _RECIPROCALS = 1024
 
 
@@ -271,7 +272,7 @@ def _reciprocal_kernel(
 
 
 UNPACK_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
-_SIZES = {"BLOCKSIZE": BLOCKSIZE, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "BLOCKS": UNPACK_BLOCKS}
+_SIZES = {"BLOCKSIZE": BLOCKSIZE, "NESTED_BLOCKSIZE": NESTED_BLOCKSIZE, "BLOCKS": _BLOCKS_ALONE}
 _SIGNATURE = {
     "codes_ptr": "*u8",
     "code_ptr": "*fp32",
@@ -304,16 +305,16 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def num_programs(w: NF4Weight) -> int:
-    """Programs that unpack a matrix."""
-    return triton.cdiv(w.shape[0] * w.shape[1], w.blocksize * UNPACK_BLOCKS)
+def num_programs(w: NF4Weight, num_blocks: int = UNPACK_BLOCKS) -> int:
+    """Programs of so many blocks that unpack a matrix."""
+    return triton.cdiv(w.shape[0] * w.shape[1], w.blocksize * num_blocks)
 
 
 def _nf4_dequantize_triton(w: NF4Weight, dtype: torch.dtype) -> Tensor:
     out = torch.empty(w.shape, dtype=dtype, device=w.codes.device)
     nested = w.nested_absmax is not None
     code = nf4_code(w.codes.device)
-    _nf4_dequantize_kernel[(num_programs(w),)](
+    _nf4_dequantize_kernel[(num_programs(w, _BLOCKS_ALONE),)](
         w.codes,
         w.absmax,
         w.nested_absmax,
@@ -327,7 +328,7 @@ def _nf4_dequantize_triton(w: NF4Weight, dtype: torch.dtype) -> Tensor:
         NESTED_BLOCKSIZE=w.nested_blocksize,
         NESTED=nested,
         WHOLE_ROWS=w.shape[1] % w.blocksize == 0,
-        BLOCKS=UNPACK_BLOCKS,
+        BLOCKS=_BLOCKS_ALONE,
         **UNPACK_OPTIONS,
     )
     return out

@@ -13,8 +13,8 @@ both directions must carry a.
 Saved: cos and sin only (shared by every layer). cos and sin get no gradient. Computed in fp32, or
 the input's dtype where wider, and rounded once; the reference rounds cos, sin and each product to
 q's dtype, as HF does. Any strides are accepted, so a view of a stacked qkv buffer is read in place;
-outputs are contiguous. Bytes moved: q and k read once and written once; a tile of the tables serves
-many heads.
+outputs are contiguous. Bytes moved: q and k read once and written once; a program rotates a share
+of q's heads and of k's of one token, with the tables read once.
 Source: Su et al. 2021, "RoFormer", section 3.4.2 (pairs i and i + E/2 as in GPT-NeoX).
 """
 
@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
-from sloth.kernels.rows import compute_dtype, next_power_of_2, warps_for
+from sloth.kernels.rows import compute_dtype, next_power_of_2
 
-# Elements of one half-head tile of a program. With head dim 128 that is 16 heads, which amortises
-# the table's load, and 8 elements a thread of each half.
-_TILE = 1024
+# Elements of a half-head tile of q in a program: with head dim 128 that is 32 heads.
+_TILE = 2048
+_WARPS = 8
 
 Outs = tuple[Tensor, Tensor] | None
 
@@ -108,7 +108,8 @@ def _rope_kernel(
     num_k_heads,
     half,
     SIGN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -121,21 +122,18 @@ def _rope_kernel(
     sin_at = sin_ptr + batch * sin_stride_b + token * sin_stride_t + pairs * sin_stride_e
     c = tl.load(cos_at, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
     s = SIGN * tl.load(sin_at, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
-    num_q_tiles = tl.cdiv(num_q_heads, BLOCK_H)
-    if tile < num_q_tiles:
-        heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
-        x_ptr = q_ptr + batch * q_stride_b + token * q_stride_t
-        y_ptr = q_out_ptr + row * q_out_stride
-        _rotate_tile(
-            x_ptr, y_ptr, heads, num_q_heads, q_stride_h, q_stride_e, pairs, half, pair_mask, c, s
-        )
-    else:
-        heads = (tile - num_q_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-        x_ptr = k_ptr + batch * k_stride_b + token * k_stride_t
-        y_ptr = k_out_ptr + row * k_out_stride
-        _rotate_tile(
-            x_ptr, y_ptr, heads, num_k_heads, k_stride_h, k_stride_e, pairs, half, pair_mask, c, s
-        )
+    q_heads = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    x_ptr = q_ptr + batch * q_stride_b + token * q_stride_t
+    y_ptr = q_out_ptr + row * q_out_stride
+    _rotate_tile(
+        x_ptr, y_ptr, q_heads, num_q_heads, q_stride_h, q_stride_e, pairs, half, pair_mask, c, s
+    )
+    k_heads = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    x_ptr = k_ptr + batch * k_stride_b + token * k_stride_t
+    y_ptr = k_out_ptr + row * k_out_stride
+    _rotate_tile(
+        x_ptr, y_ptr, k_heads, num_k_heads, k_stride_h, k_stride_e, pairs, half, pair_mask, c, s
+    )
 
 
 _POINTERS = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
@@ -158,10 +156,11 @@ COMPILE_SIGNATURES: dict[str, list[dict[str, Any]]] = {
             "constexprs": {
                 **{f"{x}_stride_e": 1 for x in ("q", "k", "cos", "sin")},
                 "SIGN": 1.0,
-                "BLOCK_H": 16,
+                "BLOCK_Q": 32,
+                "BLOCK_K": 8,
                 "BLOCK_E": 64,
             },
-            "options": {"num_warps": warps_for(2 * _TILE)},
+            "options": {"num_warps": _WARPS},
         }
     ]
 }
@@ -180,8 +179,9 @@ def _rope_triton(
     else:
         q_out, k_out = outs
     block_e = next_power_of_2(half)
-    block_h = min(max(_TILE // block_e, 1), next_power_of_2(max(num_q_heads, num_k_heads)))
-    num_tiles = -(-num_q_heads // block_h) - (-num_k_heads // block_h)
+    block_q = min(max(_TILE // block_e, 1), next_power_of_2(num_q_heads))
+    num_tiles = -(-num_q_heads // block_q)
+    block_k = next_power_of_2(-(-num_k_heads // num_tiles))
     if batch * num_tokens:
         _rope_kernel[(batch * num_tokens, num_tiles)](
             q,
@@ -201,9 +201,10 @@ def _rope_triton(
             num_k_heads,
             half,
             SIGN=sign,
-            BLOCK_H=block_h,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
             BLOCK_E=block_e,
-            num_warps=warps_for(2 * block_h * block_e),
+            num_warps=_WARPS,
         )
     return q_out, k_out
 

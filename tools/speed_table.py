@@ -41,8 +41,9 @@ def _figures(row: Row | None) -> list[str]:
 
 def _setting(who: str, dtype: str) -> str:
     base = "bf16 base" if dtype == "bf16" else "NF4"
-    if who == "sloth-fp8":
-        return f'{base}, `base_compute="fp8"`'
+    variant = {"sloth-fp8": '`base_compute="fp8"`', "sloth-dora": "DoRA"}.get(who)
+    if variant:
+        return f"{base}, {variant}"
     _, _, cap = who.partition("@")
     return f"{base}, within {cap} GiB" if cap else base
 
@@ -71,21 +72,20 @@ def table() -> str:
 
 
 def others() -> str:
-    """Markdown: the other models in NF4, with memory to spare."""
+    """Markdown: the other models in NF4, with memory to spare and within what Unsloth takes."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     found = {(r["model"], r["batch"], r["length"], r["who"]): r for r in results["train"]}
     lines = [
-        "| model | tokens | sloth | GiB | Unsloth's default | GiB |",
-        "|---|---|---:|---:|---:|---:|",
+        "| model | tokens | | sloth | GiB | Unsloth's default | GiB |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for (model, batch, length, who), row in found.items():
-        if who != "sloth" or model == MODEL or row["dtype"] != "nf4":
+        if not who.startswith("sloth") or model == MODEL or row["dtype"] != "nf4":
             continue
         peer = found.get((model, batch, length, PEERS[0]))
         beside = ["fails to compile", ""] if peer and "failed" in peer else _figures(peer)
-        lines.append(
-            "| " + " | ".join([model, f"{batch}x{length}", *_figures(row), *beside]) + " |"
-        )
+        cells = [model, f"{batch}x{length}", _setting(who, "nf4"), *_figures(row), *beside]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

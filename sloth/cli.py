@@ -26,7 +26,7 @@ from sloth.commands import (
     runs,
     train,
 )
-from sloth.errors import SlothError
+from sloth.errors import SlothError, one_line
 from sloth.quiet import give_up_on_broken, tell
 
 USAGE_ERROR = 2
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # what could not be written is an error of the command, here still
         return code
     except ValidationError as error:
-        return _complain(_one_line(error))
+        return _complain(one_line(error))
     except (SlothError, ValueError, OSError) as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -90,16 +90,6 @@ def _help() -> str:
     purpose = "usage: sloth COMMAND ...\n\nFine-tune Llama, Mistral, Gemma and Qwen models.\n"
     hint = "\n`sloth COMMAND --help` lists a command's flags; `sloth --version` the version."
     return "\n".join([purpose, *lines, hint])
-
-
-def _one_line(error: ValidationError) -> str:
-    parts = []
-    for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        given = f" (got {problem['input']!r})" if place else ""
-        parts.append(f"{place}: {message}{given}" if place else message)
-    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    name = dtype.removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

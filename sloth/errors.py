@@ -1,8 +1,21 @@
 """Everything a user of `sloth` may want to catch: one base class, one class per cause."""
 
+from typing import Any
+
 
 class SlothError(Exception):
     """Base of all errors that `sloth` raises on purpose."""
+
+
+def one_line(error: Any) -> str:
+    """What a pydantic ValidationError complains of, setting by setting."""
+    parts = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f" (got {problem['input']!r})" if place else ""
+        parts.append(f"{place}: {message}{given}" if place else message)
+    return "; ".join(parts)
 
 
 class UnknownModel(SlothError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,14 @@ def save_gguf(model: Model, path: Path, quant: str = "f16") -> Path:
     if path.suffix != ".gguf":
         raise ValueError(f"a GGUF file ends in .gguf, got {path.name!r}")
     arch, config = _described(model)
+    positions, length = config["max_position_embeddings"], context_length(arch, config)
+    if length < positions:
+        warnings.warn(
+            f"a {arch.name} GGUF file cannot say that layers see {length} tokens back, so "
+            f"{path.name} promises a context of {length} of the model's {positions}: up to there "
+            "both compute the same, past it a program that reads the file would not",
+            stacklevel=3,
+        )
     vocabulary = vocabulary_metadata(model.tokenizer, config["vocab_size"])
     name = Path(Redactor().text(model.name)).name.removesuffix(".gguf")
     metadata = model_metadata(arch, config, vocabulary, name, quant)

@@ -48,7 +48,7 @@ def attach_lora(network: Decoder, config: LoraConfig, strict: bool = True) -> li
     """Freeze the network, fill the LoRA slots that `config` names, and return their paths.
 
     The start values are those of `draw_lora` with FIRST_SEED, whatever was drawn before.
-    strict: refuse a listed target that matches nothing although others match; files written by
+    strict: refuse a listed target, layer or pattern that matches nothing; files written by
     other tools may list such names, so reading an adapter passes False.
     Raises NoTargets when nothing matches, AdapterMismatch when an adapter is already attached or
     one module is asked to be adapted in two ways.
@@ -126,7 +126,7 @@ def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> l
         path
         for path in every
         if path not in saved
-        and not (config.exclude is not None and _matches(path, config.exclude))
+        and not (config.exclude is not None and _matches(path, config.exclude, "exclude"))
         and (config.layers is None or _layer_of(path) in config.layers)
     ]
     found = [path for path in candidates if _matches(path, config.targets)]
@@ -145,7 +145,24 @@ def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> l
             f"{network.config.num_hidden_layers} layers. (embed_tokens and lm_head can also be "
             "trained in full through modules_to_save.)"
         )
+    if strict:
+        _refuse_idle(network, config, found)
     return found
+
+
+def _refuse_idle(network: Decoder, config: LoraConfig, found: list[str]) -> None:
+    """Raise NoTargets for layers that are not there and patterns that match no adapted module."""
+    num_layers = network.config.num_hidden_layers
+    absent = [layer for layer in config.layers or [] if not 0 <= layer < num_layers]
+    if absent:
+        raise NoTargets(
+            f"layers {absent} are not in the model, whose {num_layers} layers count from 0"
+        )
+    for name, patterns in config.idle_patterns(found).items():
+        adapted = sorted({path.rsplit(".", 1)[-1] for path in found})
+        raise NoTargets(
+            f"{name} {patterns} matches none of the adapted modules: {', '.join(adapted)}"
+        )
 
 
 def saved_module_paths(config: LoraConfig) -> list[str]:
@@ -158,7 +175,7 @@ def _vocabulary_path(name: str) -> str:
     return HEAD if name == HEAD else EMBEDDING
 
 
-def _matches(path: str, rule: str | list[str]) -> bool:
+def _matches(path: str, rule: str | list[str], setting: str = "targets") -> bool:
     if isinstance(rule, list):
         return any(path == name or path.endswith("." + name) for name in rule)
     if rule == ALL_LINEAR:
@@ -166,7 +183,7 @@ def _matches(path: str, rule: str | list[str]) -> bool:
     try:
         pattern = re.compile(rule)
     except re.error as error:
-        raise NoTargets(f"targets={rule!r} is no regular expression: {error}") from error
+        raise NoTargets(f"{setting}={rule!r} is no regular expression: {error}") from error
     return bool(pattern.fullmatch(path)) or _matches(path, [rule])
 
 

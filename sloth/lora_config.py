@@ -11,8 +11,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 _VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 
@@ -60,6 +69,18 @@ class LoraConfig(BaseModel):
         for pattern, rank in value.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern[{pattern!r}] must be at least 1, got {rank}")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_are_regular(cls, value: Any, info: ValidationInfo) -> Any:
+        for pattern in value:
+            try:
+                re.compile(_whole(pattern))
+            except re.error as error:
+                raise ValueError(
+                    f"{info.field_name} names {pattern!r}, no regular expression: {error}"
+                ) from error
         return value
 
     @field_validator("modules_to_save")
@@ -110,9 +131,24 @@ class LoraConfig(BaseModel):
         rank = self.rank_of(path)
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def idle_patterns(self, paths: Iterable[str]) -> dict[str, list[str]]:
+        """Setting -> its patterns that match none of these modules; empty if all do."""
+        paths = list(paths)
+        given = {"rank_pattern": [*self.rank_pattern], "alpha_pattern": [*self.alpha_pattern]}
+        idle = {
+            name: [p for p in patterns if not any(re.match(_whole(p), path) for path in paths)]
+            for name, patterns in given.items()
+        }
+        return {name: patterns for name, patterns in idle.items() if patterns}
+
+
+def _whole(pattern: str) -> str:
+    """What a module's path must match: the pattern, after any parents."""
+    return rf"(.*\.)?({pattern})$"
+
 
 def _first_match(patterns: dict, path: str, default: float) -> float:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if re.match(_whole(pattern), path):
             return value
     return default

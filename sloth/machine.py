@@ -43,10 +43,16 @@ def describe_machine() -> dict[str, str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device by its name; "auto" is CUDA when there is one. Raises KernelUnavailable."""
+    """A device by its name; "auto" is CUDA when there is one.
+
+    Raises KernelUnavailable, ValueError for a name that torch does not know.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; known: auto, cpu, cuda, cuda:0") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise KernelUnavailable(
             f"device {str(device)!r} was asked for, but torch sees no CUDA device "

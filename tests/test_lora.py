@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 import sloth
 from sloth import errors
+from sloth.errors import one_line
 from sloth.lora import (
     adapter_disabled,
     count_parameters,
@@ -223,15 +225,31 @@ def test_switched_off_adapter_leaves_the_base(folder):
         dict(targets=["nothing"]),
         dict(targets=["q_proj", "typo_proj"]),
         dict(targets="("),
+        dict(exclude="("),
         dict(layers=[99]),
+        dict(layers=[0, 99]),
+        dict(layers=[-1, 0]),
+        dict(rank_pattern={"typo_proj": 2}),
+        dict(targets=["q_proj"], alpha_pattern={"q_proj": 2, "v_proj": 3}),
         dict(exclude=r".*"),
     ],
 )
 def test_targets_that_match_nothing_are_refused_with_what_exists(folder, config):
     with pytest.raises(errors.NoTargets) as caught:
         sloth.load(folder, device="cpu").add_lora(sloth.LoraConfig(**config))
-    if config.get("targets") != "(":
+    setting = next(reversed(config))
+    assert setting in str(caught.value)
+    if "(" not in config.values() and setting != "layers":
         assert "q_proj" in str(caught.value)
+
+
+def test_what_an_adapter_file_lists_in_vain_is_no_obstacle(folder, tmp_path):
+    save_peft_adapter(folder, tmp_path / "adapter", target_modules=["q_proj", "typo_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(config.read_text())
+    written |= {"rank_pattern": {"typo_proj": 2}, "layers_to_transform": [0, 1, 2, 3, 99]}
+    config.write_text(json.dumps(written))
+    assert sloth.load(folder, adapter=tmp_path / "adapter", device="cpu").has_adapter
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(folder):
@@ -260,10 +278,28 @@ def test_saving_without_an_adapter_is_refused(folder, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("bad", [dict(r=0), dict(dropout=1.0), dict(rank=4), dict(alpha=True)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(dict(r=0), dict(dropout=1.0), dict(rank=4), dict(alpha=True)),
+        *(dict(rank_pattern={"((": 2}), dict(alpha_pattern={"((": 2})),
+    ],
+)
 def test_lora_config_refuses_nonsense(bad):
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError) as caught:
         sloth.LoraConfig(**bad)
+    assert next(iter(bad)) in one_line(caught.value)
+
+
+def test_a_setting_of_an_adapter_file_that_cannot_be_is_said_in_one_line(folder, tmp_path):
+    save_peft_adapter(folder, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(config.read_text()) | {"modules_to_save": ["norm"]}
+    config.write_text(json.dumps(written))
+    with pytest.raises(errors.AdapterMismatch) as caught:
+        sloth.load(folder, adapter=tmp_path / "adapter", device="cpu")
+    assert "embed_tokens and lm_head, got 'norm'" in str(caught.value)
+    assert "pydantic" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["all_linear", "dora", "dora_head"])

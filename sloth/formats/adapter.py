@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sloth.errors import AdapterMismatch, CheckpointMismatch
+from sloth.errors import AdapterMismatch, CheckpointMismatch, one_line
 from sloth.formats.adapter_wrapper import text_adapter, whole_patterns, whole_targets
 from sloth.formats.checkpoint import read_header, safe_open, set_mode_by_umask
 from sloth.formats.wrapper import is_left_out, text_name, whole_name
@@ -219,7 +219,7 @@ def _lora_config(settings: dict[str, Any], file: Path) -> LoraConfig:
             trainable_token_indices=settings.get("trainable_token_indices"),
         )
     except ValidationError as error:
-        raise AdapterMismatch(f"{file} cannot be used: {error}") from error
+        raise AdapterMismatch(f"{file} cannot be used: {one_line(error)}") from error
 
 
 def _leaves(paths: list[str]) -> list[str]:

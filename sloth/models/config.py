@@ -68,6 +68,8 @@ class LayerSpec:
 # What config.json's `layer_types` says of a layer.
 FULL, SLIDING = "full_attention", "sliding_attention"
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+# Positions before a scaling, and the rotary types for which it may stand beside `rope_scaling`.
+_ORIGINAL_LENGTH, _READ_IT = "original_max_position_embeddings", ("llama3", "yarn")
 
 
 class KeyReader:
@@ -111,10 +113,18 @@ class KeyReader:
         return RopeParameters.from_hf(entry, theta, head_dim, max_positions, self.ignore)
 
     def take_rope_entry(self) -> dict[str, Any]:
-        """What the file says of rotary positions, as one `rope_parameters` entry; {} if nothing."""
+        """What the file says of rotary positions, as one `rope_parameters` entry; {} if nothing.
+
+        A length of pretraining beside it goes before the one inside, as in Transformers, which
+        reads it of the scalings that need one.
+        """
         new, old = self.take("rope_parameters", None), self.take("rope_scaling", None)
         theta = self.take("rope_theta", None)
-        return ({} if theta is None else {"rope_theta": theta}) | dict(old or new or {})
+        entry = ({} if theta is None else {"rope_theta": theta}) | dict(old or new or {})
+        original = self.take(_ORIGINAL_LENGTH, None)
+        if original is not None and entry.get("rope_type", entry.get("type")) in _READ_IT:
+            entry[_ORIGINAL_LENGTH] = original
+        return entry
 
     def take_layer_types(
         self, default: Sequence[str], window: int | None, key: str = "layer_types"

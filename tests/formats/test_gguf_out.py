@@ -21,7 +21,7 @@ from sloth.formats.gguf import GGUFFile
 from sloth.formats.gguf_archs import interleave
 from sloth.lora import projections
 from tests.assets import smollm2
-from tests.oracles import WHOLE_BLOCKS, hf_gguf_logits, save_tiny_llama
+from tests.oracles import WHOLE_BLOCKS, hf_gguf_logits, save_tiny, save_tiny_llama
 from tests.test_lora import randomised
 from tests.text.test_tokenizer import TEXTS, byte_level_folder
 from tests.tiny_configs import LLAMA_VARIANTS
@@ -78,6 +78,13 @@ def test_a_16_bit_file_computes_as_the_model_rounded_once(
     assert torch.equal(logits(load(path)), expected)
     if variant in ("plain", "no_gqa"):  # Hugging Face's loader leaves out scaling and biases
         assert_close(hf_gguf_logits(path, TOKENS), expected, **FP32_CHAIN)
+
+
+def test_a_window_that_the_file_cannot_say_is_said_aloud(tmp_path: Path) -> None:
+    folder = save_tiny("mistral", tmp_path / "base", vocab_size=340, sliding_window=24)
+    byte_level_folder(folder)
+    with pytest.warns(UserWarning, match=r"24 tokens back.* context of 24 of the model's 512"):
+        load(folder).save_gguf(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])

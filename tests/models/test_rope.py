@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+import sloth
 from sloth.errors import UnsupportedConfig
 from sloth.models.rope import Rope, RopeParameters
+from tests.oracles import hf_logits, save_tiny_llama
 from tests.tolerance import ROPE_TABLE
 
 SCALINGS = {
@@ -40,6 +44,24 @@ def test_yarn_takes_its_factor_from_the_two_lengths():
     given = {"rope_type": "yarn", "original_max_position_embeddings": 8192}
     explicit = RopeParameters.from_hf(given | {"factor": 16.0}, 5e5, 128, 131072)
     assert RopeParameters.from_hf(given, 5e5, 128, 131072) == explicit
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_a_length_of_pretraining_beside_the_scaling_is_read_as_hugging_face_reads_it(
+    kind, tmp_path
+):
+    inside = SCALINGS[kind] | {"original_max_position_embeddings": 16, "factor": 4.0}
+    folder = save_tiny_llama(tmp_path / "m", rope_parameters=inside | {"rope_theta": 1e4})
+    expected = sloth.load(folder, device="cpu").network.config.rope
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = 64  # what is beside it wins
+    config["original_max_position_embeddings"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    model = sloth.load(folder, device="cpu", level="reference")
+    assert model.network.config.rope == expected
+    tokens = torch.arange(40)[None] + 3
+    with torch.no_grad():
+        assert torch.equal(model.logits(tokens), hf_logits(folder, tokens))
 
 
 def test_a_plain_table_may_be_told_that_its_factor_is_one():

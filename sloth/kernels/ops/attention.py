@@ -49,10 +49,14 @@ def attention_reference(
     layout: AttentionLayout,
     softcap: float | None = None,
 ) -> Tensor:
-    """Eager attention in Hugging Face's order: scores, cap, mask, fp32 softmax, cast, V."""
+    """Eager attention in Hugging Face's order: scores, cap, mask, fp32 softmax, cast, V.
+
+    Keys and values lie head by head, as its cache leaves them, which is on unless switched off:
+    products of few rows round as their operands lie.
+    """
     groups = q_BHTE.shape[1] // k_BKSE.shape[1]
-    k_BHSE = repeat(k_BKSE, "b k s e -> b (k g) s e", g=groups)
-    v_BHSE = repeat(v_BKSE, "b k s e -> b (k g) s e", g=groups)
+    k_BHSE = repeat(k_BKSE, "b k s e -> b (k g) s e", g=groups).contiguous()
+    v_BHSE = repeat(v_BKSE, "b k s e -> b (k g) s e", g=groups).contiguous()
     scores = torch.matmul(q_BHTE, k_BHSE.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -203,6 +203,14 @@ def test_unknown_level_is_refused(folder):
         sloth.load(folder, level="warp", device="cpu")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"device": "gpu"}, {"device": "cpu", "dtype": 3}, {"device": "cpu", "dtype": "half"}]
+)
+def test_a_device_or_dtype_that_is_none_is_refused_with_those_that_are(folder, wrong):
+    with pytest.raises(ValueError, match="is unknown; known: auto, "):
+        sloth.load(folder, **wrong)
+
+
 def test_folder_without_tokenizer_loads_and_only_text_calls_raise(folder):
     model = sloth.load(folder, device="cpu")
     logits(model)
@@ -222,6 +230,8 @@ def test_loaded_weights_do_not_map_the_file(copy):
 WRONG_INPUTS = {
     "a vector": (dict(tokens=TOKENS[0]), r"tokens.*\[20\]"),
     "floats": (dict(tokens=TOKENS.float()), "tokens.*float32"),
+    "a list": (dict(tokens=TOKENS.tolist()), "tokens must be a tensor .* got a list"),
+    "labels of a list": (dict(labels=TOKENS.tolist()), "labels must be a tensor .* got a list"),
     "no tokens": (dict(tokens=TOKENS[:, :0]), r"tokens.*\[1, 0\]"),
     "no rows": (dict(tokens=TOKENS[:0]), r"tokens.*\[0, 20\]"),
     "an id too large": (dict(tokens=TOKENS + 160), "tokens hold .* from 0 to 159"),

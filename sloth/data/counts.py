@@ -26,7 +26,8 @@ class DataCounts:
     not write in full. by_prefixes: rows whose mask took more than one rendering. longest: tokens of
     the longest example before any cut. held_out: rows that are evaluated in place of trained on
     (val_set_size); they are in no other number but `rows`. unknown_roles: messages by roles that
-    are none of the usual; of the first few such.
+    are none of the usual; of the first few such. lacks_tools: rows whose tools the template leaves
+    out.
     """
 
     rows: int = 0
@@ -54,6 +55,7 @@ class DataCounts:
     longest: int = 0
     held_out: int = 0
     unwritten: int = 0
+    lacks_tools: int = 0
     unknown_roles: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -98,6 +100,8 @@ class DataCounts:
             "hold rendered text": self.double_bos,
             f"the chat template of {self.lacks_bos} rows leaves out the beginning-of-text token "
             "that the tokenizer puts before other texts": self.lacks_bos,
+            f"the chat template of {self.lacks_tools} rows does not write their tools, which the "
+            "model thus never sees": self.lacks_tools,
             f"{self.empty} rows have a blank answer": self.empty,
             f"{self.same_answers} pairs have the same answer twice, which prefers nothing": (
                 self.same_answers
@@ -127,6 +131,7 @@ class DataCounts:
         self.unwritten += row.unwritten
         self.double_bos += row.has_double_bos
         self.lacks_bos += row.lacks_bos
+        self.lacks_tools += row.lacks_tools
         self.same_answers += row.has_same_answers
         for role in row.unknown_roles:
             if role in self.unknown_roles or len(self.unknown_roles) < COUNTED_ROLES:

@@ -39,6 +39,7 @@ from sloth.data.rows import (
 )
 from sloth.data.settings import TrainOn
 from sloth.data.sources import Malformed, Placed
+from sloth.data.tool_calls import are_written, require_calls_written
 from sloth.errors import DataError, TokenizerMissing
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Encoded:
     end an answer; unwritten: the ones whose words the template does not write in full. lacks_bos:
     the template leaves out what the tokenizer puts before a text. has_same_answers: of a pair whose
     two examples are equal. unknown_roles: of its messages, those that no template is known for.
+    lacks_tools: the template does not name the row's tools.
     """
 
     where: str
@@ -70,6 +72,7 @@ class Encoded:
     has_same_answers: bool = False
     unwritten: int = 0
     unknown_roles: tuple[str, ...] = ()
+    lacks_tools: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class RowEncoder:
             whole = content.prompt + content.completion
             return _Prepared(where, kind, content, [content.prompt, whole], [])
         renderings, unwritten = self._renderings(content, where)
+        last_one = renderings[-1]
+        require_calls_written(content.messages[: last_one.count], last_one.text, where)
         texts, spans = [one.text for one in renderings], [one.spans for one in renderings]
         return _Prepared(where, kind, content, texts, spans, unwritten)
 
@@ -288,6 +293,7 @@ class RowEncoder:
             lacks,
             unwritten=row.unwritten,
             unknown_roles=tuple(role for role in roles if role not in KNOWN_ROLES),
+            lacks_tools=not are_written(row.content.tools, row.texts[-1]),
         )
 
     def _turn_end(
@@ -330,6 +336,7 @@ def _in_pairs(encoded: Iterator[Encoded]) -> Iterator[Encoded]:
             chosen.examples == rejected.examples,
             chosen.unwritten + rejected.unwritten,
             chosen.unknown_roles + rejected.unknown_roles,
+            chosen.lacks_tools or rejected.lacks_tools,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
 
 SHOWN_CHARACTERS = 1500
+NAMED_ROWS, BEGINNING_TOKENS, BEGINNING_CHARACTERS = 4, 48, 60
 
 _TRAINED_STYLE = "bold green"
 _CONTROL = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"} | {127: "\ufffd"}
@@ -32,6 +34,24 @@ def warnings_of(data: Dataset, positions: int | None) -> list[str]:
             "for (max_position_embeddings of its config.json); a smaller max_length cuts them"
         )
     return said
+
+
+def beginnings(data: Dataset, rows: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """The first words of the first few rows of a batch, by which they can be found in the data:
+    rows that were dropped, split or packed leave no number that would count those of a file.
+    """
+    found = []
+    for row in rows[:NAMED_ROWS]:
+        tokens = data.batch([row], pad_id=0).tokens[0][:BEGINNING_TOKENS].tolist()
+        text = " ".join(tokenizer.decode(tokens, skip_special_tokens=True).split())
+        found.append(Redactor().text(text)[:BEGINNING_CHARACTERS])
+    return found
+
+
+def named_rows(rows: Sequence[int], begins: Sequence[str]) -> str:
+    """The rows of a step, in words."""
+    named = ", ".join(repr(text.translate(_CONTROL)) for text in begins)
+    return f"rows {list(rows)} as they are batched; the first begin {named}"
 
 
 def describe_first_row(data: Dataset, tokenizer: Tokenizer) -> Text:

@@ -15,6 +15,7 @@ from sloth.kernels.ops.linear_cross_entropy import IGNORED
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless `tokens` are integers [B, T] with B, T > 0, in the vocabulary."""
+    _require_tensor("tokens", tokens)
     is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
     if tokens.dim() != 2 or not is_whole or not tokens.numel():
         raise ValueError(
@@ -26,6 +27,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 def check_labels(labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless `labels` [B, T] fit `tokens` and are token ids, or -100."""
+    _require_tensor("labels", labels)
     if labels.shape != tokens.shape:
         raise ValueError(
             f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
@@ -44,6 +46,14 @@ def check_positions(positions: Tensor | None, tokens: Tensor) -> None:
         raise ValueError(
             f"positions have shape {shape}; expected [{length}] or {[batch, length]}, one for each "
             "of the tokens"
+        )
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor [batch, length], got a {type(value).__name__}; "
+            "torch.tensor(...) makes one of lists of equal length"
         )
 
 

@@ -114,14 +114,32 @@ def _publish(
 
 def is_good(folder: Path) -> bool:
     """Whether every file of the manifest is there, with its size and sha256."""
+    return damage(folder) is None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, its first bad file by name; None for a good one."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return _STATE in manifest and all(
-            _stays_inside(name) and _identity(folder / name) == identity
-            for name, identity in manifest.items()
-        )
-    except (OSError, ValueError, TypeError):
-        return False
+        if _STATE not in manifest:
+            return f"{_MANIFEST} does not list {_STATE}"
+        for name, identity in manifest.items():
+            if not _stays_inside(name):
+                return f"{_MANIFEST} names {name!r}"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _identity(folder / name) != identity:
+                return f"{name} has another size or sha256 than {_MANIFEST} says"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read: {error}"
+    return None
+
+
+def passed_over(source: Path) -> dict[str, str]:
+    """Checkpoints newer than the one that is resumed from, in its folder: what damaged each."""
+    newer = [f for f in checkpoints(source.parent) if step_of(f) > step_of(source)]
+    found = {folder.name: damage(folder) for folder in newer}
+    return {name: why for name, why in found.items() if why is not None}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -143,8 +161,9 @@ def newest_good(place: Path) -> Path | None:
             return folder
     if candidates:
         raise CheckpointMismatch(
-            f"no checkpoint in {place} verifies; damaged or incomplete: "
-            + ", ".join(folder.name for folder in candidates)
+            f"no checkpoint in {place} verifies: "
+            + "; ".join(f"{folder.name}: {damage(folder)}" for folder in candidates)
+            + ". Put one back from a copy, or begin anew in another output"
         )
     return None
 

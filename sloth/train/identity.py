@@ -22,6 +22,11 @@ _FREE = {
     *("eval_data", "eval_steps", "patience", "load_best", "sample_prompts", "sample_tokens"),
     *("eval_batch_size", "memory_gib"),
 }
+# Of an adapter, what its tensors depend on: a checkpoint of others cannot be put into them.
+_SHAPES = {
+    *("lora.r", "lora.targets", "lora.exclude", "lora.layers", "lora.rank_pattern"),
+    *("lora.use_dora", "lora.modules_to_save", "lora.trainable_token_indices"),
+}
 # Compared as what they come to: the number of steps, the adapter in place, the base's weights.
 _DERIVED = {"max_steps", "epochs", "lora", "quant"}
 
@@ -53,6 +58,17 @@ def refuse_changes(
     A longer or shorter run is the same run only under a schedule that does not look at its length.
     A setting that a checkpoint of an older version lacks had today's default.
     """
+    if (before.lora is None) != (now.lora is None):
+        had, has = ("no adapter", "one") if before.lora is None else ("an adapter", "none")
+        raise ValueError(
+            f"cannot resume {source}: the run had {had} and this model has {has} (lora.r was "
+            f"{(before.lora or {}).get('r')}, now {(now.lora or {}).get('r')}); "
+            + (
+                "train without an adapter, or start a new run"
+                if before.lora is None
+                else "attach it with the same settings (lora, or add_lora), or start a new run"
+            )
+        )
     defaults = TrainConfig().plain()
     pairs: list[tuple[str, str, Any, Any]] = []
     for name in sorted({*before.settings, *now.settings} - _FREE - _DERIVED):
@@ -77,9 +93,12 @@ def refuse_changes(
     refused = [text for said, text in changes.items() if said not in may_change]
     if refused:
         names = sorted({name for name, said, a, b in pairs if a != b and said not in may_change})
+        advice = f", or accept another curve with allow_change={names}"
+        if _SHAPES.intersection(names):
+            advice = "; an adapter of other tensors takes none of the checkpoint's"
         raise ValueError(
             f"cannot resume {source} with other settings: {'; '.join(refused)}. Give the old "
-            f"values, start a new run, or accept another curve with allow_change={names}"
+            f"values, or start a new run{advice}"
         )
     return list(changes.values())
 

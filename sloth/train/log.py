@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from sloth.data.show import without_secrets
+from sloth.data.show import named_rows, without_secrets
 from sloth.quiet import QuietStream
 from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
@@ -117,12 +117,13 @@ class RunLog:
         values = {**asdict(record), "tokens_per_second": record.tokens_per_second}
         values |= values.pop("metrics")
         if record.rows is None:
-            del values["rows"]
+            del values["rows"], values["begins"]
         self._write({"event": "step", **values})
         self._smooth(record.loss)
         line = "  ".join(text for _, text in self._pieces(record))
         if record.skipped:
-            self.notice(f"{line}  SKIPPED: gradient or loss is not finite; rows {record.rows}")
+            rows = named_rows(record.rows or [], record.begins or [])
+            self.notice(f"{line}  SKIPPED: gradient or loss is not finite; {rows}")
         elif self._progress is None:
             if record.step % self._every == 0 or record.step in (
                 self.first_step + 1,

@@ -14,7 +14,8 @@ from sloth.data.counts import DataCounts
 @dataclass(frozen=True)
 class StepRecord:
     """One optimizer step. tokens count what the model read, without padding; skipped: no update;
-    rows: of a skipped step; metrics: what the objective measures beside its loss.
+    rows: of a skipped step, by their places among the examples or packs; begins: how the first of
+    them begin, to find them in the data; metrics: what the objective measures beside its loss.
     """
 
     step: int
@@ -28,6 +29,7 @@ class StepRecord:
     memory_bytes: int
     skipped: bool
     rows: list[int] | None = None
+    begins: list[str] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property

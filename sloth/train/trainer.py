@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sloth.data.dataset import Batch, Dataset, Source, StepPlan, require_vocabulary
 from sloth.data.held_out import load_both
+from sloth.data.show import beginnings, named_rows
 from sloth.errors import Interrupted, NonFiniteGradients
 from sloth.quiet import say
 from sloth.train.accumulate import Accumulated, Accumulator
@@ -341,14 +342,20 @@ class Trainer:
             memory_bytes=memory_bytes(self.model.device),
             skipped=not is_good,
             rows=None if is_good else self.plan.rows(step),
+            begins=None if is_good else self._beginnings(step),
             metrics=self.objective.named(added.metrics),
         )
 
+    def _beginnings(self, step: int) -> list[str]:
+        return beginnings(self.data, self.plan.rows(step), self.model.tokenizer)
+
     def _why_stopped(self, saver: Saver) -> str:
         progress = self.progress
+        last = progress.step - 1
+        rows = named_rows(self.plan.rows(last), self._beginnings(last))
         return (
             f"{progress.bad_in_a_row} steps in a row had a gradient or loss that is not finite, "
-            f"the last one step {progress.step}, rows {self.plan.rows(progress.step - 1)}; "
+            f"the last one step {progress.step}, {rows}; "
             f"{saver.last_words()}. Weights were not updated in these steps. A lower lr, a "
             "warm-up, or a look at those rows may help"
         )

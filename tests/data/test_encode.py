@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from sloth.data.dataset import load_data
 from sloth.data.encode import encode_row
 from sloth.data.examples import UNTRAINED
 from sloth.errors import DataError, TokenizerMissing
@@ -168,3 +171,35 @@ def test_text_row_without_an_end_of_text_token_is_refused():
     tokenizer.eos_id = None
     with pytest.raises(DataError, match="no end-of-text token"):
         encoded({"text": "a"}, tokenizer)
+
+
+def weather_call():
+    called = {"name": "get_weather", "arguments": {"city": "Ulm"}}
+    return say("assistant", "", tool_calls=[{"type": "function", "function": called}])
+
+
+def with_calls(messages, for_generation):
+    text = "".join(
+        f"<|start|>{m['role']}\n{m['content']}{json.dumps(m.get('tool_calls') or '')}<|end|>"
+        for m in messages
+    )
+    return text + "<|start|>assistant\n" * for_generation
+
+
+def test_a_call_that_the_template_does_not_write_is_refused_and_one_that_it_does_is_trained():
+    messages = [say("user", "rain?"), weather_call(), say("tool", "no"), say("assistant", "No.")]
+    with pytest.raises(DataError, match=r"data\[0\].*'get_weather' is called.*knows tools"):
+        encoded({"messages": messages})
+    (spans,), _, _ = encoded({"messages": messages}, FakeTokenizer(with_calls))
+    assert "get_weather" in spans[0] and len(spans) == 2
+
+
+@pytest.mark.parametrize("shape", [lambda tool: tool, lambda tool: {"function": tool}])
+def test_rows_whose_tools_the_template_leaves_out_are_counted(shape):
+    tools = [shape({"name": "get_weather", "parameters": {}})]
+    row = {"messages": [say("user", "rain?"), say("assistant", "No.")], "tools": tools}
+    for named, expected in (({}, 1), ({"messages": [say("user", "get_weather?")]}, 0)):
+        messages = named.get("messages", []) + row["messages"]
+        counts = load_data([{**row, "messages": messages}], FakeTokenizer(), 512).counts
+        assert counts.lacks_tools == expected
+        assert any("tools" in text for text in counts.warnings()) == bool(expected)

@@ -25,7 +25,7 @@ from tests.train.runs import ROOT, SETTINGS, train
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage, capsys):
     _, straight = train(tmp_path / "straight")
     output = tmp_path / "run"
     train(output, stop_after=4)
@@ -39,7 +39,11 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
         file.write_bytes(raw[:-1] if damage == "cut" else raw)
     assert not checkpoint.is_good(newest)
     assert checkpoint.newest_good(output) == output / "step-000003"
+    capsys.readouterr()
     _, report = train(output, resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    named = "" if damage == "manifest" else file.name
+    assert f"WARNING: step-000004 is damaged and passed over: {named}" in said
     assert report.losses == straight.losses and checkpoint.is_good(newest.with_name("step-000006"))
 
 
@@ -47,7 +51,9 @@ def test_no_good_checkpoint_among_some_is_an_error(tmp_path):
     train(tmp_path / "run", stop_after=2)
     for folder in checkpoint.checkpoints(tmp_path / "run"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(CheckpointMismatch, match="step-000002, step-000001"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"step-000002: state\.json has another.*another output"
+    ):
         train(tmp_path / "run", resume=True)
 
 

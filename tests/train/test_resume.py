@@ -151,6 +151,16 @@ def test_a_change_allowed_by_name_is_taken_and_told(tmp_path, change, names, cap
     assert report.losses[:2] == straight.losses[:2] and report.losses != straight.losses
 
 
+@pytest.mark.parametrize(
+    "lora, said", [(LoraConfig(r=8), "lora.r was 4, now 8"), (None, "has none")]
+)
+def test_another_adapter_is_refused_without_advice_that_cannot_work(tmp_path, lora, said):
+    train(tmp_path / "run", stop_after=2)
+    with pytest.raises(ValueError, match=said) as caught:
+        train(tmp_path / "run", resume=True, lora=lora)
+    assert "allow_change" not in str(caught.value) and "start a new run" in str(caught.value)
+
+
 def test_changed_data_is_allowed_by_name(tmp_path):
     train(tmp_path / "run", stop_after=2)
     settings = {**SETTINGS, "output": tmp_path / "run", "resume": True, "allow_change": ["data"]}

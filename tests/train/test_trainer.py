@@ -186,6 +186,19 @@ def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(output):
     assert len(resumed.losses) == 9 and resumed.skipped == 2
 
 
+def test_rows_of_a_bad_step_are_told_by_their_beginnings(output, capsys):
+    """Their numbers are of no row of a file once others were dropped before them."""
+    model = FakeModel()
+    poison(model, {1})
+    Trainer(model, [{"text": "  sun\nrise"}], output=output, max_steps=2, batch_size=1).run()
+    (skipped,) = [row for row in events(output, "step") if row["skipped"]]
+    assert skipped["rows"] == [0] and skipped["begins"] == ["sun rise"]
+    assert "rows [0] as they are batched; the first begin 'sun rise'" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert all("begins" not in row for row in events(output, "step") if not row["skipped"])
+
+
 def test_run_leaves_what_the_report_names(output):
     model = FakeModel()
     report = Trainer(model, ROWS, output=output, max_steps=3, eval_data=ROWS[:2]).run()

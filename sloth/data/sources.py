@@ -1,7 +1,7 @@
 """Where rows come from: files, folders, Python objects; each row with the place to name in errors.
 
     .jsonl .ndjson   one JSON object a line                     .csv .tsv   a header, then rows
-    .json            a list of objects, or one object a line    .txt        one text a line
+    .json            lists of objects, or one object a line     .txt        one text a line
     .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
     hf://datasets/owner/name[@revision][/folder]     Parquet files of a data set on the hub
     a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from sloth.data.json_lists import read_lists
 from sloth.errors import DataError
 from sloth.formats.hub import fetch_dataset
 
@@ -258,7 +259,7 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def _read_json(file: Path) -> Iterator[Placed]:
-    """A list, decoded item by item; a file that does not begin with a list holds lines."""
+    """Lists, decoded item by item; a file that does not begin with a list holds lines."""
     with file.open("rb") as stream:
         beginning = stream.read(_CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not beginning.startswith(b"["):
@@ -266,45 +267,9 @@ def _read_json(file: Path) -> Iterator[Placed]:
         return
     with file.open(encoding="utf-8-sig") as text:
         try:
-            yield from _read_list(text, str(file))
+            yield from read_lists(text, str(file), _CHUNK_BYTES, MAX_ROW_CHARS)
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8: {error.reason}") from error
-
-
-def _read_list(stream: IO[str], name: str) -> Iterator[Placed]:
-    decoder, held, at, index, is_over = json.JSONDecoder(), "", 0, 0, False
-    expected = "["
-    while True:
-        while at < len(held) and held[at].isspace():
-            at += 1
-        if at < len(held):
-            where = f"{name}[{index}]"
-            if expected and held[at] == "]" and index:
-                return
-            if expected:
-                if held[at] != expected:
-                    raise DataError(f"{where}: expected {expected!r} in the JSON list")
-                at, expected = at + 1, ""
-                continue
-            if held[at] == "]" and not index:
-                return
-            try:
-                row, end = decoder.raw_decode(held, at)
-            except RecursionError as error:
-                raise DataError(f"{where}: JSON nested too deeply") from error
-            except ValueError as error:
-                if is_over or len(held) - at > MAX_ROW_CHARS:
-                    raise DataError(f"{where}: not valid JSON: {error.args[0]:.200}") from error
-            else:
-                if end < len(held) or is_over:  # a number may go on in the next chunk
-                    yield where, row
-                    at, index, expected = end, index + 1, ","
-                    continue
-        if is_over:
-            raise DataError(f"{name}: the JSON list has no end")
-        # At least doubled, so that one long row is not decoded over and over.
-        chunk = stream.read(max(_CHUNK_BYTES, len(held) - at))
-        held, at, is_over = held[at:] + chunk, 0, not chunk
 
 
 def _read_csv(file: Path) -> Iterator[Placed]:

@@ -1,0 +1,78 @@
+"""What files hold is read to their end, or refused where it cannot be."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from sloth.data import sources
+from sloth.data.sources import open_rows
+from sloth.errors import DataError
+
+A, B, C = ({"text": text} for text in "abc")
+
+
+def read(tmp_path, content, name="a.json"):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(open_rows(file).read())
+
+
+# -- lists of JSON ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text":"a"}]\n[{"text":"b"},{"text":"c"}]',
+        '[{"text":"a"}][{"text":"b"}]\n\n[]\n[{"text":"c"}]\n',
+        '[{"text":"a"}]\n{"text":"b"}\n{"text":"c"}\n',
+        '[]{"text":"a"} [ {"text":"b"} ] {"text":"c"}',
+        '\ufeff[{"text":"a"}]\n\ufeff[{"text":"b"},\n{"text":"c"}]\n',
+    ],
+)
+def test_all_lists_and_objects_of_a_file_are_read(tmp_path, monkeypatch, content, chunk_bytes):
+    """Of two files put into one, the second was left out without a word."""
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk_bytes)
+    found = read(tmp_path, content)
+    assert [row for _, row in found] == [A, B, C]
+    assert [where.removeprefix(str(tmp_path)) for where, _ in found] == [
+        f"/a.json[{index}]" for index in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '[{"text":"a"}]\n]garbage{',
+            r"a\.json:2: expected the end .*got '\]garbage\{'",
+        ),
+        ('[{"text":"a"}]]garbage{', r"a\.json:1: expected the end of the file.*got '\]garb"),
+        ('[{"text":\n"a"}]\n\n, [{"text":"b"}]', r"a\.json:4: expected .*another JSON list"),
+        ('[{"text":"a"}]\n3', r"a\.json:2: .*got '3'"),
+        ('[{"text":"a"}]\n{"text":', r"a\.json\[1\]: not valid JSON"),
+        ('[{"text":"a"}]\n[{"text":"b"}', "the JSON list has no end"),
+        ('[{"text":"a"},]', r"a\.json\[1\]: not valid JSON"),
+    ],
+)
+def test_what_follows_a_list_and_is_none_is_refused_with_its_place(
+    tmp_path, monkeypatch, content, said
+):
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, content)
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 2)
+    with pytest.raises(DataError, match=said):
+        read(tmp_path, content)
+
+
+def test_lists_behind_lists_are_not_held(tmp_path):
+    one = b'[{"text": "' + b"a" * 1000 + b'"}]\n'
+    (tmp_path / "a.json").write_bytes(one * 20_000)
+    tracemalloc.start()
+    assert sum(1 for _ in open_rows(tmp_path / "a.json").read()) == 20_000
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 10_000_000

@@ -124,6 +124,35 @@ def as_turns(value: list[Any], where: str) -> list[Message]:
     return messages
 
 
+def as_history(row: Mapping[str, Any], where: str) -> list[Message]:
+    """Alpaca's earlier turns, pairs of what was asked and answered, as messages; none without."""
+    history, place = row.get("history"), f"{where}: history"
+    if isinstance(history, str):
+        is_list = history.lstrip().startswith("[")
+        history = _from_json(history, place) if is_list else history.strip() or None
+    messages: list[Message] = []
+    for index, pair in enumerate(_history_pairs(history, place)):
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": as_text(text, f"{place}[{index}]")})
+    return messages
+
+
+def _history_pairs(history: Any, place: str) -> list[list[Any]]:
+    expected = "expected a list of earlier turns, [[question, answer], ...]"
+    if history is None:
+        return []
+    if not isinstance(history, list):
+        raise DataError(
+            f"{place}: {expected}, got {name_of(history)}; where the column is something else, "
+            "name those to read in `columns`"
+        )
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            got = f"{len(pair)} items" if isinstance(pair, list) else name_of(pair)
+            raise DataError(f"{place}[{index}]: {expected}, got {got}")
+    return history
+
+
 def as_tools(row: Mapping[str, Any], where: str) -> list[Any] | None:
     """The row's tools, None without any."""
     tools = row.get("tools")

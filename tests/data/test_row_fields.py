@@ -74,3 +74,61 @@ def test_earlier_turns_need_a_chat_template():
 def test_a_malformed_history_is_refused_with_its_place(history, said):
     with pytest.raises(DataError, match=rf"^data\[0\]: {said}"):
         read_row({**ALPACA, "history": history}, "data[0]", True)
+
+
+# -- marks of messages -----------------------------------------------------------------------------
+
+SAID = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+
+
+def marked(**mark):
+    """A talk in both spellings, whose first answer has the mark."""
+    names = {"user": "human", "assistant": "gpt"}
+    messages = [{"role": role, "content": text} for role, text in SAID]
+    turns = [{"from": names[role], "value": text} for role, text in SAID]
+    messages[1].update(mark)
+    turns[1].update(mark)
+    return [{"messages": messages}, {"conversations": turns}]
+
+
+@pytest.mark.parametrize(
+    ("mark", "is_trained"),
+    [
+        ({"train": False}, False),
+        ({"train": False, "weight": None}, False),
+        ({"train": None, "weight": 0.0}, False),
+        ({"train": False, "weight": 0}, False),
+        ({"train": True}, True),
+        ({"train": True, "weight": 1}, True),
+        ({"train": None, "weight": 1.0}, True),
+    ],
+)
+def test_train_is_honoured_as_weight_is(mark, is_trained):
+    """Axolotl's mark was left out, and what it took out was trained."""
+    tokenizer = fake("llama")
+    rows, num_by_prefixes, _ = encoded(tokenizer, marked(**mark) * 5)
+    expected = ["b<|end|>"] * is_trained + ["d<|end|>"]
+    assert [spans(example, tokenizer) for (example,) in rows] == [expected] * 10
+    assert num_by_prefixes == 2  # a mark is no reason to learn no frame
+    unmarked, _, _ = encoded(tokenizer, marked(), train_on="last")
+    assert encoded(tokenizer, marked(**mark), train_on="last")[0] == unmarked
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ({"weight": 0.5}, r"\.weight: expected 1 \(trained\) or 0 .*got 0\.5"),
+        ({"weight": 2}, r"\.weight: .*got 2"),
+        ({"weight": "0"}, r"\.weight: .*got '0'"),
+        ({"weight": False}, r"\.weight: .*got False"),
+        ({"weight": [0]}, r"\.weight: .*got \[0\]"),
+        ({"train": 0}, r"\.train: expected true or false, got 0"),
+        ({"train": "no"}, r"\.train: expected true or false, got 'no'"),
+        ({"train": True, "weight": 0}, r": weight 0 and train true disagree"),
+        ({"train": False, "weight": 1}, r": weight 1 and train false disagree"),
+    ],
+)
+def test_a_mark_that_means_nothing_is_refused_with_its_place(mark, said):
+    for row, field in zip(marked(**mark), ("messages", "conversations"), strict=True):
+        with pytest.raises(DataError, match=rf"^data\[0\]: {field}\[1\]{said}"):
+            read_row(row, "data[0]", True)

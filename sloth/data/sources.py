@@ -276,22 +276,34 @@ def _read_csv(file: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_ROW_CHARS)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header: list[str] = []
         while True:
             try:
-                row: Any = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
                 raise DataError(f"{file}: not UTF-8 after line {reader.line_num}") from error
             except csv.Error as error:
                 where = f"{file}:{reader.line_num}"
-                yield where, _malformed(where, f"not valid CSV: {error}")
+                broken = _malformed(where, f"not valid CSV: {error}")
+                if not header:  # without it, no row has a meaning
+                    raise broken.error from error
+                yield where, broken
                 continue
             where = f"{file}:{reader.line_num}"
-            if None in row or None in row.values():
-                row = _malformed(where, f"expected {len(reader.fieldnames or [])} columns")
-            yield where, row
+            if not header:
+                header = _header(cells, where)
+            elif cells and len(cells) != len(header):
+                yield where, _malformed(where, f"expected {len(header)} columns")
+            elif cells:
+                yield where, dict(zip(header, cells, strict=True))
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    """Names of columns; none for a line that is blank."""
+    return cells if any(cell.strip() for cell in cells) else []
 
 
 def _read_txt(file: Path) -> Iterator[Placed]:

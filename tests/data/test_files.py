@@ -76,3 +76,29 @@ def test_lists_behind_lists_are_not_held(tmp_path):
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 10_000_000
+
+
+# -- CSV -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n\r\n", "  \n,\n", "\ufeff\n"])
+def test_blank_lines_before_a_header_are_none(tmp_path, blank):
+    rows = read(tmp_path, f'{blank}prompt,completion\n"a\n",b\n\nc\nd,e\n', "a.csv")
+    first = blank.count("\n") + 1
+    places = [where.rpartition(":")[2] for where, _ in rows]
+    assert places == [str(first + number) for number in (2, 4, 5)]
+    assert [rows[0][1], rows[2][1]] == [
+        {"prompt": "a\n", "completion": "b"},
+        {"prompt": "d", "completion": "e"},
+    ]
+    assert f"a.csv:{first + 4}: expected 2 columns" in str(rows[1][1].error)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\n,\n", "text\n"])
+def test_a_table_without_rows_has_none(tmp_path, content):
+    assert read(tmp_path, content, "a.csv") == []
+
+
+def test_a_header_that_cannot_be_read_leaves_no_way_on(tmp_path):
+    with pytest.raises(DataError, match=r"a\.csv:1: not valid CSV"):
+        read(tmp_path, '"text" x\na\nb\n', "a.csv")

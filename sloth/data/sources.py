@@ -303,7 +303,15 @@ def _read_csv(file: Path) -> Iterator[Placed]:
 
 def _header(cells: list[str], where: str) -> list[str]:
     """Names of columns; none for a line that is blank."""
-    return cells if any(cell.strip() for cell in cells) else []
+    if not any(cell.strip() for cell in cells):
+        return []
+    # Spreadsheets write columns without a name behind the others; nobody misses those.
+    double = next((cell for cell in cells if cell and cells.count(cell) > 1), None)
+    if double is not None:
+        raise DataError(
+            f"{where}: the header names the column {double!r} twice; rename or delete one of them"
+        )
+    return cells
 
 
 def _read_txt(file: Path) -> Iterator[Placed]:

@@ -102,3 +102,11 @@ def test_a_table_without_rows_has_none(tmp_path, content):
 def test_a_header_that_cannot_be_read_leaves_no_way_on(tmp_path):
     with pytest.raises(DataError, match=r"a\.csv:1: not valid CSV"):
         read(tmp_path, '"text" x\na\nb\n', "a.csv")
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path):
+    """The last one was read, and the other left out without a word."""
+    with pytest.raises(DataError, match=r"a\.csv:2: the header names the column 'prompt' twice"):
+        read(tmp_path, "\nprompt,prompt,completion\na,b,c\n", "a.csv")
+    ((_, row),) = read(tmp_path, "text,,\na,,\n", "a.csv")
+    assert row == {"text": "a", "": ""}

@@ -132,3 +132,14 @@ def test_a_mark_that_means_nothing_is_refused_with_its_place(mark, said):
     for row, field in zip(marked(**mark), ("messages", "conversations"), strict=True):
         with pytest.raises(DataError, match=rf"^data\[0\]: {field}\[1\]{said}"):
             read_row(row, "data[0]", True)
+
+
+# -- columns ---------------------------------------------------------------------------------------
+
+
+def test_an_empty_mapping_of_columns_is_none():
+    """It left every column out."""
+    with_none, with_empty = (
+        load_data([{"text": "a"}], FakeTokenizer(), 99, columns=columns) for columns in (None, {})
+    )
+    assert with_none.fingerprint == with_empty.fingerprint

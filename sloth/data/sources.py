@@ -4,8 +4,9 @@
     .json            lists of objects, or one object a line     .txt        one text a line
     .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
     hf://datasets/owner/name[@revision][/folder]     Parquet files of a data set on the hub
-    a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
-    pandas DataFrame or an arrow Table; a mapping of splits, such as a `datasets.DatasetDict`
+    a list or iterator of rows (dicts, or strings as texts; tuples and numpy arrays are lists); a
+    `datasets.Dataset`, which is one; a pandas DataFrame or an arrow Table; a mapping of splits,
+    such as a `datasets.DatasetDict`
 
 Everything is read as a stream: a file of any size costs the memory of one row (Parquet: of one
 batch of rows). Where one row cannot be read and the next one can be found, a `Malformed` comes in
@@ -110,7 +111,7 @@ def has_split(source: object, split: str) -> bool:
 
 
 def _number(rows: Iterable[Any], name: str) -> Iterator[Placed]:
-    for index, row in enumerate(rows):
+    for index, row in enumerate(map(_plain, rows)):
         yield f"{name}[{index}]", {"text": row} if isinstance(row, str) else row
 
 
@@ -126,7 +127,8 @@ def _rows_of_table(source: Any) -> Callable[[], Iterator[Any]] | None:
     if _has(source, "to_dict", "iloc", "columns"):  # pandas
 
         def records(at: int, count: int) -> list[Any]:
-            return [_plain(row) for row in source.iloc[at : at + count].to_dict("records")]
+            rows: list[Any] = source.iloc[at : at + count].to_dict("records")
+            return rows
 
         return lambda: _in_slices(len(source), records)
     return None
@@ -142,13 +144,18 @@ def _has(source: object, *names: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A cell without pandas' and numpy's own types; a missing one is None."""
+    """A row or cell in JSON's types in place of tuples and pandas' and numpy's own, told by their
+    methods; a missing cell is None.
+    """
+    if type(value) is str:
+        return value
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if _has(value, "tolist"):
-        return _plain(value.tolist())
+    if _has(value, "tolist", "ndim"):
+        own = value.tolist()
+        return own if type(own) is type(value) else _plain(own)  # a long double stays one
     is_missing = type(value).__name__ in ("NAType", "NaTType")
     return None if is_missing or (isinstance(value, float) and value != value) else value
 

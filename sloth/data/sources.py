@@ -312,6 +312,12 @@ def _header(cells: list[str], where: str) -> list[str]:
     """Names of columns; none for a line that is blank."""
     if not any(cell.strip() for cell in cells):
         return []
+    mark = next((mark for mark in ";\t|" if mark in cells[0]), None)
+    if len(cells) == 1 and mark is not None:
+        raise DataError(
+            f"{where}: the header {cells[0][:80]!r} looks like columns separated by {mark!r}; "
+            "separate them by commas, or by tabs in a file that ends in .tsv"
+        )
     # Spreadsheets write columns without a name behind the others; nobody misses those.
     double = next((cell for cell in cells if cell and cells.count(cell) > 1), None)
     if double is not None:

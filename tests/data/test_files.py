@@ -110,3 +110,14 @@ def test_a_column_that_is_named_twice_is_refused(tmp_path):
         read(tmp_path, "\nprompt,prompt,completion\na,b,c\n", "a.csv")
     ((_, row),) = read(tmp_path, "text,,\na,,\n", "a.csv")
     assert row == {"text": "a", "": ""}
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_columns_that_something_else_separates_are_told(tmp_path, mark):
+    """They came as one column, which was suggested as the text to train on."""
+    content = f"prompt{mark}completion\na{mark}b, c\n"
+    with pytest.raises(DataError, match=r"a\.csv:1: the header .* looks like columns separated by"):
+        read(tmp_path, content, "a.csv")
+    if mark == "\t":
+        ((_, row),) = read(tmp_path, content, "a.tsv")
+        assert row == {"prompt": "a", "completion": "b, c"}

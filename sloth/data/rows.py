@@ -200,9 +200,13 @@ def is_empty(content: Content) -> bool:
 # -- columns -------------------------------------------------------------------------------------
 
 
+class MissingColumn(DataError):
+    """A column that `columns` names and the data lack."""
+
+
 def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
     """The row under the fields' own names; columns that are not mapped are left out, and optional
-    ones that it lacks. Raises DataError with the columns found.
+    ones that it lacks. Raises DataError, with the columns found.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object, got {name_of(row)}")
@@ -213,7 +217,7 @@ def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
     ]
     if missing:
         found = ", ".join(map(repr, row)) or "none"
-        raise DataError(
+        raise MissingColumn(
             f"{where}: no column {missing[0]!r}, which columns={dict(columns)} names; the columns "
             f"are {found}{_suggestion(row)}"
         )

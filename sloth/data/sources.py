@@ -36,6 +36,7 @@ SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val"
 _HUB = re.compile(
     r"hf:/{1,2}datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<below>.*))?"
 )
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TABLE_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
@@ -187,7 +188,10 @@ def _files(path: Path, split: str) -> tuple[Path, ...]:
             )
         return found
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist")
+        hint = ""
+        if _HUB_NAME.fullmatch(path.as_posix()) and path.suffix.lower() not in _READERS:
+            hint = f"; a data set on the hub is written hf://datasets/{path.as_posix()}"
+        raise DataError(f"data file {path} does not exist{hint}")
     _reader(path)
     return (path,)
 

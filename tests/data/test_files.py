@@ -121,3 +121,21 @@ def test_columns_that_something_else_separates_are_told(tmp_path, mark):
     if mark == "\t":
         ((_, row),) = read(tmp_path, content, "a.tsv")
         assert row == {"prompt": "a", "completion": "b, c"}
+
+
+# -- paths -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("tatsu-lab/alpaca", "; a data set on the hub is written hf://datasets/tatsu-lab/alpaca"),
+        ("data/rows.jsonl", ""),
+        ("rows", ""),
+        ("../data/rows", ""),
+    ],
+)
+def test_the_name_of_a_data_set_on_the_hub_is_told_how_it_is_written(name, hint):
+    with pytest.raises(DataError) as caught:
+        open_rows(name)
+    assert str(caught.value) == f"data file {name} does not exist{hint}"

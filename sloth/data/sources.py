@@ -168,13 +168,27 @@ def _local(source: str | Path) -> tuple[Path, str | None]:
     """A path on this machine, of files fetched from the hub if need be; then with their commit."""
     found = _HUB.fullmatch(str(source))
     if found is None:
-        return Path(source).expanduser(), None
+        return _path(source), None
     below = Path(found["below"] or "")
     if ".." in below.parts or below.is_absolute():
         raise DataError(f"{source}: a folder of the data set has no '..' in its name")
     folder = fetch_dataset(found["repo"], found["revision"])
     # The hub's cache names a snapshot's folder by its commit.
     return folder / below, folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def _path(source: str | Path) -> Path:
+    """Raises DataError for what the system cannot look for, such as a text given as a path."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # the latter for a ~user without a home
+        said = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"data file {str(source)[:80]!r} cannot be looked for: {said}; give the path of a file "
+            "or folder, or a list of rows: a text by itself goes into a list"
+        ) from error
+    return path
 
 
 def _files(path: Path, split: str) -> tuple[Path, ...]:

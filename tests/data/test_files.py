@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from sloth.data import sources
-from sloth.data.sources import open_rows
+from sloth.data.sources import has_split, open_rows
 from sloth.errors import DataError
 
 A, B, C = ({"text": text} for text in "abc")
@@ -139,3 +139,14 @@ def test_the_name_of_a_data_set_on_the_hub_is_told_how_it_is_written(name, hint)
     with pytest.raises(DataError) as caught:
         open_rows(name)
     assert str(caught.value) == f"data file {name} does not exist{hint}"
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "./" + "a" * 300, "~nobody-here/a.txt"])
+def test_what_cannot_be_a_path_is_refused(source):
+    """Most likely a text; the system's own error named neither data nor what to do."""
+    for ask in (open_rows, lambda source: has_split(source, "valid")):
+        with pytest.raises(DataError, match="cannot be looked for: .*goes into a list") as caught:
+            ask(source)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(DataError, match="does not exist"):
+        open_rows("a\0b")

@@ -142,7 +142,8 @@ def load_data(
 ) -> Dataset:
     """Read, encode, mask and count every row of `source`; see sources.py for what that can be.
 
-    pairs: rows are preference pairs, kept whole or not at all; they are neither split nor packed.
+    columns: which column holds which field; empty as none. pairs: rows are preference pairs, kept
+    whole or not at all; they are neither split nor packed.
     Raises DataError for a malformed row (place, field, expectation) unless skip_bad, which leaves
     such rows out and counts them; for no rows, and for no trained token.
     """
@@ -152,7 +153,7 @@ def load_data(
         "max_length": max_length,
         "on_long": on_long,
         "train_on": train_on,
-        "columns": columns,
+        "columns": columns or None,
         "skip_bad": skip_bad,
         "pairs": pairs,
     }

@@ -32,6 +32,7 @@ from sloth.data.rows import (
     Chat,
     Completion,
     Content,
+    MissingColumn,
     Text,
     is_empty,
     map_columns,
@@ -148,7 +149,9 @@ class RowEncoder:
                 yield from prepared
         if self._unseen_fields and self.columns:
             column = self.columns[min(self._unseen_fields)]
-            raise DataError(f"no row has the column {column!r}, which columns={self.columns} names")
+            raise MissingColumn(
+                f"no row has the column {column!r}, which columns={self.columns} names"
+            )
 
     def _prepare(self, where: str, row: Any) -> list[_Prepared]:
         if isinstance(row, Malformed):

@@ -18,6 +18,7 @@ from torch import Tensor
 from sloth.data.counts import DataCounts
 from sloth.data.dataset import Dataset, Notice, load_for
 from sloth.data.packing import pack
+from sloth.data.rows import MissingColumn
 from sloth.data.settings import RunSettings
 from sloth.data.sources import Source, has_split
 from sloth.errors import DataError
@@ -50,7 +51,13 @@ def load_both(
     given = source if settings.eval_data is None and has_valid else settings.eval_data
     if given is None:
         return data, None
-    return data, load_for(settings, given, tokenizer, "valid", notice)
+    try:
+        return data, load_for(settings, given, tokenizer, "valid", notice)
+    except MissingColumn as error:
+        raise DataError(
+            f"held-out rows (eval_data, or the valid split): {error}; columns apply to them as "
+            "well as to the data, so give both the same columns"
+        ) from error
 
 
 def _refuse_idle(settings: RunSettings) -> None:

@@ -77,7 +77,9 @@ class Conversation:
                 self._rendered[key] = self.chat.render(
                     self.messages[:count], tools=self.tools, add_generation_prompt=for_generation
                 )
-            except (SlothError, ValueError) as error:
+            except SlothError as error:  # says of itself that it is the template
+                raise DataError(f"{self.where}: {error}") from error
+            except ValueError as error:
                 raise DataError(
                     f"{self.where}: the chat template refuses the messages: {error}"
                 ) from error

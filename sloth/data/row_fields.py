@@ -2,8 +2,9 @@
 
 CSV and some Parquet files hold lists as JSON text; Parquet fills fields that a message lacks with
 null. Both are undone here. OpenAI's spellings become what templates are written for: content in
-parts is joined, a call's arguments in JSON text become the object. Raises DataError with place,
-field and what was expected.
+parts is joined, a call's arguments in JSON text become the object. A message that is marked as not
+to be trained (`weight`, `train`) keeps a weight of 0. Raises DataError with place, field and what
+was expected.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def _message(message: Any, place: str) -> Message:
     role = plain if plain in KNOWN_ROLES else role
     if isinstance(content, str) and len(message) == 2:
         return {**message, "role": role}
-    held = {key: item for key, item in message.items() if item is not None}
+    held = {key: item for key, item in message.items() if item is not None and key != "train"}
     held["role"] = role
+    _mark(held, message, place)
     if isinstance(content, list):
         held["content"] = _joined(content, f"{place}.content")
     elif content is None and message.get("tool_calls"):
@@ -118,10 +120,60 @@ def as_turns(value: list[Any], where: str) -> list[Message]:
             calls = called if isinstance(called, list) else [called]
             wrapped = [{"type": "function", "function": call} for call in calls]
             message = {"role": role, "content": None, "tool_calls": wrapped}
-        if turn.get("weight") is not None:
-            message["weight"] = turn["weight"]
+        _mark(message, turn, place)
         messages.append(message)
     return messages
+
+
+def _mark(held: Message, given: Mapping[str, Any], place: str) -> None:
+    """Set the weight, OpenAI's 0 or 1, from it or from Axolotl's `train`; absent without either.
+
+    A mark that nothing honours would train what the user took out.
+    """
+    weight, train = given.get("weight"), given.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise DataError(
+            f"{place}.weight: expected 1 (trained) or 0 (read, not trained), got {weight!r:.80}; "
+            "there are no weights in between"
+        )
+    if train is not None and not isinstance(train, bool):
+        raise DataError(f"{place}.train: expected true or false, got {train!r:.80}")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise DataError(
+            f"{place}: weight {weight!r} and train {json.dumps(train)} disagree; give one of them"
+        )
+    mark = weight if train is None else train
+    if mark is not None:
+        held["weight"] = int(mark)
+
+
+def as_history(row: Mapping[str, Any], where: str) -> list[Message]:
+    """Alpaca's earlier turns, pairs of what was asked and answered, as messages; none without."""
+    history, place = row.get("history"), f"{where}: history"
+    if isinstance(history, str):
+        is_list = history.lstrip().startswith("[")
+        history = _from_json(history, place) if is_list else history.strip() or None
+    messages: list[Message] = []
+    for index, pair in enumerate(_history_pairs(history, place)):
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": as_text(text, f"{place}[{index}]")})
+    return messages
+
+
+def _history_pairs(history: Any, place: str) -> list[list[Any]]:
+    expected = "expected a list of earlier turns, [[question, answer], ...]"
+    if history is None:
+        return []
+    if not isinstance(history, list):
+        raise DataError(
+            f"{place}: {expected}, got {name_of(history)}; where the column is something else, "
+            "name those to read in `columns`"
+        )
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            got = f"{len(pair)} items" if isinstance(pair, list) else name_of(pair)
+            raise DataError(f"{place}[{index}]: {expected}, got {got}")
+    return history
 
 
 def as_tools(row: Mapping[str, Any], where: str) -> list[Any] | None:

@@ -4,6 +4,7 @@ or a text.
     messages            {"messages": [{"role", "content"}, ...], "tools": [...]}     chat
     sharegpt            {"conversations": [{"from", "value"}, ...], "system": ...}   chat
     alpaca              {"instruction", "input", "output"}       chat; completion without a template
+                        with "history" ([[question, answer], ...], the turns before)           chat
     prompt/completion   {"prompt", "completion"}, both texts or both messages    completion, or chat
     preference          {"prompt", "chosen", "rejected"}       two of them; preference.py reads it
     text                {"text"}                                                               text
@@ -22,6 +23,7 @@ from typing import Any
 
 from sloth.data.row_fields import (
     Message,
+    as_history,
     as_list,
     as_messages,
     as_text,
@@ -41,7 +43,7 @@ ALSO_CALLED = {
 
 
 # Fields that a row may lack beside others of the same file.
-OPTIONAL_FIELDS = frozenset(("system", "tools", "input"))
+OPTIONAL_FIELDS = frozenset(("system", "tools", "input", "history"))
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def read_row(row: Any, where: str, has_template: bool) -> tuple[str, Content]:
         after = as_messages(completion, f"{where}: completion")
         before = opened_by_system(row, before, where)
         return kind, Chat(before + after, as_tools(row, where), len(before))
-    _refuse_fields(row, ("tools",), "prompt/completion of texts", where)
+    earlier = ("history",) if isinstance(row.get("history"), list) else ()
+    _refuse_fields(row, ("tools", *earlier), "prompt/completion of texts", where)
     prompt = as_text(prompt, f"{where}: prompt", "a text, like the completion")
     completion = as_text(completion, f"{where}: completion", "a text, like the prompt")
     return kind, Completion(text_after_system(row, prompt, where), completion)
@@ -168,17 +171,20 @@ def _chat(row: Mapping[str, Any], kind: str, where: str) -> Chat:
 
 
 def _alpaca(row: Mapping[str, Any], where: str, has_template: bool) -> Content:
-    """The input follows the instruction; a model without a template sees them as plain text."""
+    """The input follows the instruction; a model without a template sees them as plain text, which
+    earlier turns have no place in. Their answers may be trained, like those of any chat.
+    """
     prompt = as_text(row["instruction"], f"{where}: instruction")
     output = as_text(row["output"], f"{where}: output")
     if row.get("input"):
         prompt = f"{prompt}\n\n{as_text(row['input'], f'{where}: input')}"
     system = as_text(row.get("system") or "", f"{where}: system")
-    if not has_template:
+    earlier = as_history(row, where)
+    if not has_template and not earlier:
         return Completion(f"{system}\n\n{prompt}\n\n".lstrip("\n"), output)
     opening = [{"role": "system", "content": system}] if system else []
-    asked = [*opening, {"role": "user", "content": prompt}]
-    return Chat([*asked, {"role": "assistant", "content": output}], first_trained=len(asked))
+    last = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
+    return Chat([*opening, *earlier, *last], first_trained=len(opening) + 1)
 
 
 def is_empty(content: Content) -> bool:
@@ -194,9 +200,13 @@ def is_empty(content: Content) -> bool:
 # -- columns -------------------------------------------------------------------------------------
 
 
+class MissingColumn(DataError):
+    """A column that `columns` names and the data lack."""
+
+
 def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
     """The row under the fields' own names; columns that are not mapped are left out, and optional
-    ones that it lacks. Raises DataError with the columns found.
+    ones that it lacks. Raises DataError, with the columns found.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object, got {name_of(row)}")
@@ -207,7 +217,7 @@ def map_columns(row: Any, columns: Mapping[str, str], where: str) -> Any:
     ]
     if missing:
         found = ", ".join(map(repr, row)) or "none"
-        raise DataError(
+        raise MissingColumn(
             f"{where}: no column {missing[0]!r}, which columns={dict(columns)} names; the columns "
             f"are {found}{_suggestion(row)}"
         )

@@ -10,7 +10,7 @@ TrainOn = Literal["assistant", "last", "everything"]
 # What a row of data can hold, for `columns`; rows.py reads them.
 ROW_FIELDS = (
     *("messages", "tools", "conversations", "system", "prompt", "completion", "instruction"),
-    *("input", "output", "chosen", "rejected", "text"),
+    *("input", "output", "history", "chosen", "rejected", "text"),
 )
 
 

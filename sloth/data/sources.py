@@ -1,11 +1,12 @@
 """Where rows come from: files, folders, Python objects; each row with the place to name in errors.
 
     .jsonl .ndjson   one JSON object a line                     .csv .tsv   a header, then rows
-    .json            a list of objects, or one object a line    .txt        one text a line
+    .json            lists of objects, or one object a line     .txt        one text a line
     .parquet         needs pyarrow (the extra `data`)           a folder    train.* and valid.*
     hf://datasets/owner/name[@revision][/folder]     Parquet files of a data set on the hub
-    a list or iterator of rows (dicts, or strings as texts); a `datasets.Dataset`, which is one; a
-    pandas DataFrame or an arrow Table; a mapping of splits, such as a `datasets.DatasetDict`
+    a list or iterator of rows (dicts, or strings as texts; tuples and numpy arrays are lists); a
+    `datasets.Dataset`, which is one; a pandas DataFrame or an arrow Table; a mapping of splits,
+    such as a `datasets.DatasetDict`
 
 Everything is read as a stream: a file of any size costs the memory of one row (Parquet: of one
 batch of rows). Where one row cannot be read and the next one can be found, a `Malformed` comes in
@@ -21,8 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from sloth.data.json_lists import read_lists
 from sloth.errors import DataError
 from sloth.formats.hub import fetch_dataset
 
@@ -34,6 +36,7 @@ SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val"
 _HUB = re.compile(
     r"hf:/{1,2}datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<below>.*))?"
 )
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TABLE_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
@@ -109,7 +112,7 @@ def has_split(source: object, split: str) -> bool:
 
 
 def _number(rows: Iterable[Any], name: str) -> Iterator[Placed]:
-    for index, row in enumerate(rows):
+    for index, row in enumerate(map(_plain, rows)):
         yield f"{name}[{index}]", {"text": row} if isinstance(row, str) else row
 
 
@@ -125,7 +128,8 @@ def _rows_of_table(source: Any) -> Callable[[], Iterator[Any]] | None:
     if _has(source, "to_dict", "iloc", "columns"):  # pandas
 
         def records(at: int, count: int) -> list[Any]:
-            return [_plain(row) for row in source.iloc[at : at + count].to_dict("records")]
+            rows: list[Any] = source.iloc[at : at + count].to_dict("records")
+            return rows
 
         return lambda: _in_slices(len(source), records)
     return None
@@ -141,13 +145,18 @@ def _has(source: object, *names: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A cell without pandas' and numpy's own types; a missing one is None."""
+    """A row or cell in JSON's types in place of tuples and pandas' and numpy's own, told by their
+    methods; a missing cell is None.
+    """
+    if type(value) is str:
+        return value
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if _has(value, "tolist"):
-        return _plain(value.tolist())
+    if _has(value, "tolist", "ndim"):
+        own = value.tolist()
+        return own if type(own) is type(value) else _plain(own)  # a long double stays one
     is_missing = type(value).__name__ in ("NAType", "NaTType")
     return None if is_missing or (isinstance(value, float) and value != value) else value
 
@@ -159,13 +168,27 @@ def _local(source: str | Path) -> tuple[Path, str | None]:
     """A path on this machine, of files fetched from the hub if need be; then with their commit."""
     found = _HUB.fullmatch(str(source))
     if found is None:
-        return Path(source).expanduser(), None
+        return _path(source), None
     below = Path(found["below"] or "")
     if ".." in below.parts or below.is_absolute():
         raise DataError(f"{source}: a folder of the data set has no '..' in its name")
     folder = fetch_dataset(found["repo"], found["revision"])
     # The hub's cache names a snapshot's folder by its commit.
     return folder / below, folder.name if _COMMIT.fullmatch(folder.name) else None
+
+
+def _path(source: str | Path) -> Path:
+    """Raises DataError for what the system cannot look for, such as a text given as a path."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # the latter for a ~user without a home
+        said = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"data file {str(source)[:80]!r} cannot be looked for: {said}; give the path of a file "
+            "or folder, or a list of rows: a text by itself goes into a list"
+        ) from error
+    return path
 
 
 def _files(path: Path, split: str) -> tuple[Path, ...]:
@@ -179,7 +202,10 @@ def _files(path: Path, split: str) -> tuple[Path, ...]:
             )
         return found
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist")
+        hint = ""
+        if _HUB_NAME.fullmatch(path.as_posix()) and path.suffix.lower() not in _READERS:
+            hint = f"; a data set on the hub is written hf://datasets/{path.as_posix()}"
+        raise DataError(f"data file {path} does not exist{hint}")
     _reader(path)
     return (path,)
 
@@ -258,7 +284,7 @@ def _parsed(line: str, where: str) -> Any:
 
 
 def _read_json(file: Path) -> Iterator[Placed]:
-    """A list, decoded item by item; a file that does not begin with a list holds lines."""
+    """Lists, decoded item by item; a file that does not begin with a list holds lines."""
     with file.open("rb") as stream:
         beginning = stream.read(_CHUNK_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not beginning.startswith(b"["):
@@ -266,67 +292,57 @@ def _read_json(file: Path) -> Iterator[Placed]:
         return
     with file.open(encoding="utf-8-sig") as text:
         try:
-            yield from _read_list(text, str(file))
+            yield from read_lists(text, str(file), _CHUNK_BYTES, MAX_ROW_CHARS)
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8: {error.reason}") from error
-
-
-def _read_list(stream: IO[str], name: str) -> Iterator[Placed]:
-    decoder, held, at, index, is_over = json.JSONDecoder(), "", 0, 0, False
-    expected = "["
-    while True:
-        while at < len(held) and held[at].isspace():
-            at += 1
-        if at < len(held):
-            where = f"{name}[{index}]"
-            if expected and held[at] == "]" and index:
-                return
-            if expected:
-                if held[at] != expected:
-                    raise DataError(f"{where}: expected {expected!r} in the JSON list")
-                at, expected = at + 1, ""
-                continue
-            if held[at] == "]" and not index:
-                return
-            try:
-                row, end = decoder.raw_decode(held, at)
-            except RecursionError as error:
-                raise DataError(f"{where}: JSON nested too deeply") from error
-            except ValueError as error:
-                if is_over or len(held) - at > MAX_ROW_CHARS:
-                    raise DataError(f"{where}: not valid JSON: {error.args[0]:.200}") from error
-            else:
-                if end < len(held) or is_over:  # a number may go on in the next chunk
-                    yield where, row
-                    at, index, expected = end, index + 1, ","
-                    continue
-        if is_over:
-            raise DataError(f"{name}: the JSON list has no end")
-        # At least doubled, so that one long row is not decoded over and over.
-        chunk = stream.read(max(_CHUNK_BYTES, len(held) - at))
-        held, at, is_over = held[at:] + chunk, 0, not chunk
 
 
 def _read_csv(file: Path) -> Iterator[Placed]:
     csv.field_size_limit(MAX_ROW_CHARS)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header: list[str] = []
         while True:
             try:
-                row: Any = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
                 raise DataError(f"{file}: not UTF-8 after line {reader.line_num}") from error
             except csv.Error as error:
                 where = f"{file}:{reader.line_num}"
-                yield where, _malformed(where, f"not valid CSV: {error}")
+                broken = _malformed(where, f"not valid CSV: {error}")
+                if not header:  # without it, no row has a meaning
+                    raise broken.error from error
+                yield where, broken
                 continue
             where = f"{file}:{reader.line_num}"
-            if None in row or None in row.values():
-                row = _malformed(where, f"expected {len(reader.fieldnames or [])} columns")
-            yield where, row
+            if not header:
+                header = _header(cells, where)
+            elif cells and len(cells) != len(header):
+                yield where, _malformed(where, f"expected {len(header)} columns")
+            elif cells:
+                yield where, dict(zip(header, cells, strict=True))
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    """Names of columns; none for a line that is blank."""
+    if not any(cell.strip() for cell in cells):
+        return []
+    mark = next((mark for mark in ";\t|" if mark in cells[0]), None)
+    if len(cells) == 1 and mark is not None:
+        raise DataError(
+            f"{where}: the header {cells[0][:80]!r} looks like columns separated by {mark!r}; "
+            "separate them by commas, or by tabs in a file that ends in .tsv"
+        )
+    # Spreadsheets write columns without a name behind the others; nobody misses those.
+    double = next((cell for cell in cells if cell and cells.count(cell) > 1), None)
+    if double is not None:
+        raise DataError(
+            f"{where}: the header names the column {double!r} twice; rename or delete one of them"
+        )
+    return cells
 
 
 def _read_txt(file: Path) -> Iterator[Placed]:

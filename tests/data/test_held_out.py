@@ -137,3 +137,15 @@ def test_held_out_rows_come_from_every_kind_of_source_that_data_do(tmp_path):
         assert config.plain().get("eval_data") == (str(source) if is_named else None)
     with pytest.raises(ValueError, match="expected a path or rows, got a int"):
         TrainConfig(eval_data=3)
+
+
+def test_columns_are_those_of_eval_data_too_and_that_is_said():
+    rows, columns = [{"q": "ask", "a": "yes"}] * 2, {"prompt": "q", "completion": "a"}
+    own = [{"prompt": "ask", "completion": "yes"}]
+    with pytest.raises(DataError, match=r"eval_data\[0\]: no column 'q'.*columns apply to them as"):
+        loaded(rows, eval_data=own, columns=columns)
+    with pytest.raises(DataError, match="no row has the column 's'.*columns apply to them as well"):
+        loaded([{**rows[0], "s": "b"}], eval_data=rows, columns={**columns, "system": "s"})
+    with pytest.raises(DataError) as caught:
+        loaded(own, eval_data=rows, columns=columns)
+    assert "eval_data" not in str(caught.value)

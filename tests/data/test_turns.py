@@ -108,3 +108,10 @@ def test_a_system_text_in_nemos_template_is_met_where_generation_meets_it():
         ((start, end),) = turn.spans
         assert "be kind" in given and turn.text[:start] == given and end == len(turn.text)
         assert turn.text[start:] == f"{messages[index]['content']}</s>"
+
+
+def test_a_template_that_refuses_messages_is_quoted_once():
+    source = "{{ raise_exception('no system here') }}"
+    with pytest.raises(DataError) as caught:
+        encoded(with_template(source), [chat("a", "b")])
+    assert str(caught.value) == "data[0]: the chat template refuses the messages: no system here"

@@ -78,7 +78,9 @@ class Conversation:
                     self.messages[:count], tools=self.tools, add_generation_prompt=for_generation
                 )
             except SlothError as error:  # says of itself that it is the template
-                raise DataError(f"{self.where}: {error}") from error
+                silent = any(m.get("content") is None for m in self.messages[:count])
+                hint = "; a message is a tool call without words, which it may not know" * silent
+                raise DataError(f"{self.where}: {error}{hint}") from error
             except ValueError as error:
                 raise DataError(
                     f"{self.where}: the chat template refuses the messages: {error}"

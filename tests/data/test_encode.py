@@ -186,10 +186,21 @@ def with_calls(messages, for_generation):
     return text + "<|start|>assistant\n" * for_generation
 
 
+def needs_words(messages, for_generation):
+    try:
+        return "".join("<|start|>" + m["content"] for m in messages)
+    except TypeError as error:
+        raise DataError(f"the chat template refuses the messages: {error}") from error
+
+
 def test_a_call_that_the_template_does_not_write_is_refused_and_one_that_it_does_is_trained():
     messages = [say("user", "rain?"), weather_call(), say("tool", "no"), say("assistant", "No.")]
     with pytest.raises(DataError, match=r"data\[0\].*'get_weather' is called.*knows tools"):
         encoded({"messages": messages})
+    messages[1]["content"] = None
+    with pytest.raises(DataError, match=r"refuses the messages: .*; a message is a tool call"):
+        encoded({"messages": messages}, FakeTokenizer(needs_words))
+    messages[1]["content"] = ""
     (spans,), _, _ = encoded({"messages": messages}, FakeTokenizer(with_calls))
     assert "get_weather" in spans[0] and len(spans) == 2
 

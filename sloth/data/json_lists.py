@@ -25,9 +25,8 @@ def read_lists(
     an item that does not decode is read on. Raises DataError; after it there is no way on.
     """
     decoder, held, at, index, is_over, lines = json.JSONDecoder(), "", 0, 0, False, 1
-    state = (
-        "outside"  # then "begun", after a list's bracket; "item", after a comma; "after" an item
-    )
+    # Then "begun", after a list's bracket; "item", after a comma; "after" an item.
+    state = "outside"
     while True:
         while at < len(held) and (held[at].isspace() or (state, held[at]) == ("outside", _MARK)):
             at += 1

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from sloth.data.rows import MissingColumn
 from sloth.errors import KernelUnavailable, NonFiniteGradients, SlothError
 from sloth.lora_config import LoraConfig
 from sloth.train import evaluate
@@ -135,7 +136,7 @@ def test_every_setting_changes_a_run_or_is_refused(name, tmp_path, monkeypatch):
     assert {**before, "place": ""} != {**after, "place": ""}
     refused = {
         "quant": "ValueError",
-        "columns": "DataError",  # no row has such a column
+        "columns": MissingColumn.__name__,
         "max_bad_steps": NonFiniteGradients.__name__,
         "memory_gib": "KernelUnavailable",  # below the fused level, as on this fake
     }

@@ -135,11 +135,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def passed_over(source: Path) -> dict[str, str]:
-    """Checkpoints newer than the one that is resumed from, in its folder: what damaged each."""
-    newer = [f for f in checkpoints(source.parent) if step_of(f) > step_of(source)]
-    found = {folder.name: damage(folder) for folder in newer}
-    return {name: why for name, why in found.items() if why is not None}
+def newer_than(source: Path) -> dict[str, str | None]:
+    """Name -> damage of the checkpoints in its folder that are newer than this one."""
+    newer = [folder for folder in checkpoints(source.parent) if step_of(folder) > step_of(source)]
+    return {folder.name: damage(folder) for folder in newer}
 
 
 def checkpoints(run: Path) -> list[Path]:

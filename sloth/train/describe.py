@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sloth.data.show import describe_first_row, warnings_of
 from sloth.formats.tensor_file import num_bytes
-from sloth.train.checkpoint import passed_over
+from sloth.train.checkpoint import newer_than
 from sloth.train.optim import kind_of, rate_scales
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def announce(
         f"training {_parameters(trainer)} for {trainer.plan.num_steps} steps; output in {output}"
     )
     if source is not None:
-        for name, why in passed_over(source).items():
-            notice(f"WARNING: {name} is damaged and passed over: {why}")
+        for name, why in newer_than(source).items():
+            if why is not None:
+                notice(f"WARNING: {name} is damaged and passed over: {why}")
         notice(f"resumed from {source} after step {trainer.progress.step}")
     if changed:
         notice(f"allowed to differ from the checkpoint: {'; '.join(changed)}")

@@ -9,13 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sloth.errors import OutputExists
-from sloth.train.checkpoint import (
-    checkpoints,
-    is_good,
-    newest_good,
-    remove_unfinished,
-    step_of,
-)
+from sloth.train.checkpoint import checkpoints, newer_than, newest_good, remove_unfinished
 from sloth.train.config import TrainConfig
 from sloth.train.history import FACTS
 from sloth.train.lock import locked
@@ -117,8 +111,7 @@ def _refuse_branching(source: Path | None, output: Path) -> None:
     """
     if source is None or source.parent != output:
         return
-    newer = [path.name for path in checkpoints(output) if step_of(path) > step_of(source)]
-    newer = [name for name in newer if is_good(output / name)]
+    newer = [name for name, damage in newer_than(source).items() if damage is None]
     if newer:
         raise ValueError(
             f"{output} holds newer checkpoints than {source.name} ({', '.join(newer)}), and the "

@@ -13,7 +13,8 @@ from sloth.dtypes import resolve_dtype
 from sloth.errors import TokenizerMissing
 from sloth.formats.adapter import read_adapter
 from sloth.formats.hub import read_license, resolve
-from sloth.kernels.fp8 import check_base_compute
+from sloth.kernels.dispatch import check_level
+from sloth.kernels.fp8 import check_base_compute, require_fp8
 from sloth.lora import load_adapter_tensors
 from sloth.machine import resolve_device
 from sloth.model import Model
@@ -54,17 +55,22 @@ def load(
     revision: branch, tag or commit on the hub. ignore_config: config.json keys to leave unread.
     A dense load leaves every parameter trainable; an NF4 load, or one with base_compute, none until
     `add_lora`.
-    Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, KernelUnavailable,
-    and ValueError for a setting that there is not.
+    Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, ValueError for a
+    setting that there is not, and KernelUnavailable for a level that there is not or that cannot
+    run; settings are looked at before any file.
     """
+    check_level(level)
     compute = check_base_compute(base_compute)
     where = resolve_device(device)
+    computed = resolve_dtype(dtype, where)
+    if compute is not None:
+        require_fp8(where, computed)
     found = resolve(str(name), revision)
     parts = assemble(
         Path(found.path),
         quant=quant,
         device=where,
-        dtype=resolve_dtype(dtype, where),
+        dtype=computed,
         ignore_config=ignore_config,
     )
     if compute is not None:

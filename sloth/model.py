@@ -19,7 +19,7 @@ from sloth import exporting, exporting_gguf, new_tokens
 from sloth.errors import AdapterMismatch, KernelUnavailable, TokenizerMissing
 from sloth.infer.text import Prompt, generate_text, is_batch, stream_text
 from sloth.kernels.dispatch import choose_level
-from sloth.kernels.fp8 import BaseCompute, refuse_dora, require_fp8
+from sloth.kernels.fp8 import BaseCompute, refuse_dora
 from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
@@ -78,8 +78,6 @@ class Model:
         self._new_ids: list[int] = []
         self._requested_level = requested_level
         self._planner = Planner(network)
-        if base_compute is not None:
-            require_fp8(self.device, self.dtype)
         if not frozen_base:  # with an adapter on its way the base is about to be frozen
             self._update_level()
 

@@ -115,6 +115,31 @@ def test_an_existing_folder_is_never_overwritten(folder, tmp_path):
     assert [file.name for file in (tmp_path / "there").iterdir()] == ["precious.txt"]
 
 
+def test_a_damaged_adapter_is_noticed_and_the_model_stays_as_it_was(folder, tmp_path, monkeypatch):
+    model = randomised(sloth.load(folder, device="cpu").add_lora(r=2))
+    before, read = logits(model), exporting.read_adapter
+
+    def damaged(path: Path):
+        files = read(path)
+        next(iter(files.tensors.values())).mul_(2)
+        return files
+
+    monkeypatch.setattr(exporting, "read_adapter", damaged)
+    with pytest.raises(errors.AdapterMismatch, match="read back, 1 of the adapter's tensors"):
+        model.save_adapter(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("room, place", [(1.4, "cuda"), (1.2, "cpu")])
+def test_a_model_is_read_back_where_all_of_it_fits(tied, room, place, monkeypatch):
+    model = sloth.load(tied, device="cpu")
+    nbytes = sum(parameter.nbytes for parameter in model.network.parameters())
+    monkeypatch.setattr(sloth.Model, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(room * nbytes), 0))
+    assert exporting._device_with_room(model).type == place
+
+
 def test_a_damaged_export_is_noticed_and_not_published(folder, tmp_path, monkeypatch):
     model = randomised(sloth.load(folder, device="cpu").add_lora())
     monkeypatch.setattr(exporting, "merged_weight", lambda module: module.base.detach() * 0.5)

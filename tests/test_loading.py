@@ -203,6 +203,13 @@ def test_unknown_level_is_refused(folder):
         sloth.load(folder, level="warp", device="cpu")
 
 
+def test_what_cannot_run_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(errors.KernelUnavailable, match="warp"):
+        sloth.load(tmp_path / "nothing", level="warp")
+    with pytest.raises(errors.KernelUnavailable, match="base_compute='fp8' runs on CUDA"):
+        sloth.load(tmp_path / "nothing", base_compute="fp8", device="meta")
+
+
 @pytest.mark.parametrize(
     "wrong", [{"device": "gpu"}, {"device": "cpu", "dtype": 3}, {"device": "cpu", "dtype": "half"}]
 )

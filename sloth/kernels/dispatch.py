@@ -111,6 +111,12 @@ def twin_of(model_type: str) -> Callable[..., Tensor]:
     return module.block
 
 
+def check_level(requested: str) -> None:
+    """Raise KernelUnavailable for a level that there is not."""
+    if requested not in ("auto", *LEVELS):
+        raise KernelUnavailable(f"level {requested!r} is unknown; known: auto, {', '.join(LEVELS)}")
+
+
 def choose_level(
     requested: str, model_type: str, trainable_base: bool, base_compute: BaseCompute = None
 ) -> tuple[Level, str]:
@@ -138,8 +144,7 @@ def choose_level(
         if obstacle:
             return "ops", obstacle
         return "fused", "the base is frozen and the block has a fused twin"
-    if requested not in LEVELS:
-        raise KernelUnavailable(f"level {requested!r} is unknown; known: auto, {', '.join(LEVELS)}")
+    check_level(requested)
     if requested == "fused" and obstacle:
         raise KernelUnavailable(
             f"level 'fused' cannot run: {obstacle}. Load with level='auto' (it turns fused when "

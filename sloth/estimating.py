@@ -18,6 +18,7 @@ from sloth.dtypes import resolve_dtype
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
 from sloth.formats.wrapper import WRAPPERS, text_config
+from sloth.kernels.dispatch import has_twin
 from sloth.kernels.fp8 import check_base_compute
 from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
@@ -70,6 +71,8 @@ def estimate(
             raise ValueError(f"full training trains every weight, so {given} cannot be with it")
         return full_plan(network, batch, seq, memory_gib, optimizer)
     attach_lora(network, lora or LoraConfig())
+    if not has_twin(network.model_type):
+        return full_plan(network, batch, seq, memory_gib, optimizer)
     return make_plan(NetworkSizes.of(network), batch, seq, memory_gib, host_share_gib())
 
 

@@ -63,6 +63,23 @@ def questions(tree: ast.AST, words: set[str]) -> Iterator[tuple[int, str]]:
             yield getattr(node, "lineno", 0), ast.unparse(node)
 
 
+def test_every_architecture_is_in_the_tables_that_tests_go_by() -> None:
+    from sloth.formats.gguf_archs import arch_of_model
+    from tests.models.families import FIRST
+    from tests.tiny_configs import GGUF_TYPES
+    from tools.models_table import KNOWN_AS
+
+    tables = {
+        "FAMILIES of tests/models/families.py": FIRST.keys(),
+        "GGUF_TYPES of tests/tiny_configs.py": GGUF_TYPES.keys()
+        | {kind for kind in ARCHITECTURES if arch_of_model(kind) is None},
+        "KNOWN_AS of tools/models_table.py": KNOWN_AS.keys(),
+    }
+    for table, known in tables.items():
+        missing = ARCHITECTURES.keys() - known
+        assert not missing, f"{sorted(missing)} missing in {table}"
+
+
 @pytest.mark.parametrize("module", SHARED)
 def test_no_shared_code_asks_which_family_it_serves(module: str) -> None:
     words = set() if module in NAME_TOKENIZERS else MODEL_TYPES

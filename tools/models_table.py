@@ -54,6 +54,7 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for model_type in [*ARCHITECTURES, *WRAPPERS]:
+        assert model_type in KNOWN_AS, f"{model_type} needs a name in KNOWN_AS of {__file__}"
         names, aliases = KNOWN_AS[model_type]
         strangers = set(aliases) - set(ALIASES)
         assert not strangers, f"{strangers} are no aliases; see sloth.formats.hub.ALIASES"

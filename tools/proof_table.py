@@ -100,7 +100,7 @@ def _model_types(item: Any) -> tuple[str, ...]:
     if "variant" in parameters:
         variant = item.cls.variants[parameters["variant"]]
         return (variant.get("model_type", item.cls.model_type),)
-    variants = getattr(item.module, "VARIANTS", {})
+    variants = getattr(item.module, "TWINNED", {})
     for value in parameters.values():
         if not isinstance(value, str):
             continue

@@ -99,16 +99,32 @@ def ops_of(level: Level) -> Ops:
     return REFERENCE if level == "reference" else OPS
 
 
+def has_twin(model_type: str) -> bool:
+    """Whether a family's block has a fused twin; without one the fused level cannot run."""
+    return model_type in TWINS
+
+
 def wiring_of(model_type: str) -> Wiring:
-    """What a family's fused twin is made of."""
-    module: Any = importlib.import_module(TWINS[model_type])
-    return module.WIRING
+    """What a family's fused twin is made of. Raises KernelUnavailable without one."""
+    return _twin_module(model_type).WIRING
 
 
 def twin_of(model_type: str) -> Callable[..., Tensor]:
-    """The fused twin of a family's block: (module, hidden_BTD, context) -> hidden_BTD."""
-    module: Any = importlib.import_module(TWINS[model_type])
-    return module.block
+    """The fused twin of a family's block: (module, hidden_BTD, context, workspace) -> hidden_BTD.
+
+    Raises KernelUnavailable without one.
+    """
+    return _twin_module(model_type).block
+
+
+def _twin_module(model_type: str) -> Any:
+    if not has_twin(model_type):
+        raise KernelUnavailable(_no_twin(model_type))
+    return importlib.import_module(TWINS[model_type])
+
+
+def _no_twin(model_type: str) -> str:
+    return f"{model_type} has no fused twin yet"
 
 
 def check_level(requested: str) -> None:
@@ -127,8 +143,8 @@ def choose_level(
     only one that has it. Raises KernelUnavailable when a level asked for cannot run.
     """
     obstacle = None
-    if model_type not in TWINS:
-        obstacle = f"{model_type} has no fused twin yet"
+    if not has_twin(model_type):
+        obstacle = _no_twin(model_type)
     elif trainable_base:
         obstacle = "the base is trainable, and the fused twin derives no base gradients"
     if base_compute is not None:
@@ -146,9 +162,10 @@ def choose_level(
         return "fused", "the base is frozen and the block has a fused twin"
     check_level(requested)
     if requested == "fused" and obstacle:
-        raise KernelUnavailable(
-            f"level 'fused' cannot run: {obstacle}. Load with level='auto' (it turns fused when "
-            "add_lora freezes the base), with quant='nf4', or with an adapter"
-        )
+        instead = "Load with level='auto'"
+        if has_twin(model_type):
+            instead += " (it turns fused when add_lora freezes the base), with quant='nf4', or with"
+            instead += " an adapter"
+        raise KernelUnavailable(f"level 'fused' cannot run: {obstacle}. {instead}")
     level: Level = next(known for known in LEVELS if known == requested)
     return level, "asked for"

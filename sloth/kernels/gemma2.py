@@ -37,6 +37,7 @@ WIRING = Wiring(
         "post_feedforward_layernorm",
     ),
     activation="gelu_tanh",
+    post_norms=True,
     softcap=True,
 )
 

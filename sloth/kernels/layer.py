@@ -54,12 +54,14 @@ Switches = tuple[bool, ...]
 class Wiring:
     """What tells the families of one twin apart.
 
-    norms: paths of the norms around the halves, in order. qk_norms: `q_norm` and `k_norm` stand
+    norms: paths of the norms around the halves, in order. post_norms: some of them stand behind a
+    half, whose output is then kept for their backward. qk_norms: `q_norm` and `k_norm` stand
     between q, k and RoPE. softcap: the attention module has one.
     """
 
     norms: tuple[str, ...]
     activation: Activation = "silu"
+    post_norms: bool = False
     qk_norms: bool = False
     softcap: bool = False
 

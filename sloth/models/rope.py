@@ -171,8 +171,12 @@ class Rope:
 
         alone: where the table follows the length (dynamic), each row's own, as if nothing else had
         been read; otherwise all rows share that of the longest one so far, as in Hugging Face.
-        fp64 activations get tables computed in fp64 from the fp32 frequencies.
+        fp64 activations get tables computed in fp64 from the fp32 frequencies. Positions on meta
+        give tables on meta, and what is kept between calls stays as it is.
         """
+        if positions.is_meta:
+            empty = positions.new_empty(*positions.shape, 2 * len(self._plain), dtype=dtype)
+            return empty, empty.clone()
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
             self._plain = self._plain.to(positions.device)

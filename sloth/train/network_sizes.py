@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sloth.kernels.dispatch import wiring_of
+from sloth.kernels.dispatch import has_twin, wiring_of
 from sloth.kernels.fp8 import TURNED_COLUMNS
 from sloth.kernels.layer import GROUPS
 from sloth.kernels.stack_shape import padded
@@ -99,7 +99,9 @@ class NetworkSizes:
         )
         (q_proj, k_proj, v_proj), _, _, (down_proj,) = layers[0]
         projections = [m for layer in layers for stack in layer for m in stack]
-        embedding, wiring = network.model.embed_tokens.weight, wiring_of(network.model_type)
+        embedding, model_type = network.model.embed_tokens.weight, network.model_type
+        # Without a twin only the sizes count: autograd keeps what it wants.
+        wiring = wiring_of(model_type) if has_twin(model_type) else None
         return cls(
             num_layers=len(layers),
             hidden=q_proj.in_features,
@@ -115,13 +117,13 @@ class NetworkSizes:
             embedding_stays=network.shares_embedding or embedding.requires_grad,
             quantized=any(not isinstance(m.base, Tensor) for m in projections),
             trainable=sum(p.numel() for p in network.parameters() if p.requires_grad),
-            post_norms=len(wiring.norms) == 4,
+            post_norms=wiring is not None and wiring.post_norms,
             dora=(q_dora, o_dora, g_dora, d_dora),
             head_gradient=_head_gradient(network),
             fp8=network.base_compute == "fp8",
             shapes=(q_shapes, o_shapes, g_shapes, d_shapes),
             mlp_rank=max(rank for layer in ranks for stack in layer[2:] for rank in stack),
-            qk_norms=wiring.qk_norms,
+            qk_norms=wiring is not None and wiring.qk_norms,
         )
 
 

@@ -147,15 +147,15 @@ class StepMemory:
         kept = keep.qkv * s.qkv + keep.attention * s.queries + q + o
         moments = (
             rows * (padded(s.hidden + q_in) + s.qkv + q),
-            rows * (s.qkv + self._turned_width + s.queries + self._copied_o)
-            + rows * (s.hidden + q + o),
+            rows * (s.qkv + self._turned_width + s.queries + q),
+            rows * (s.qkv + s.queries + self._copied_o + s.hidden + q + o),
             rows * (kept + 2 * s.hidden + padded(s.hidden + g_in)),
             rows * (kept + (2 + s.post_norms * keep.hidden) * s.hidden + g + d)
             + tile * (padded(s.hidden + g_in) + 2 * s.ffn + padded(s.ffn + d_in))
             + (tile * s.hidden if tile < rows else 0)
             + (rows * s.hidden if s.dora[1] or s.dora[3] else 0),
         )
-        casts = (rows * s.hidden, rows * s.queries, 0, tile * s.ffn)
+        casts = (rows * s.hidden, 0, rows * s.queries, 0, tile * s.ffn)
         held = [m * s.element + s.fp8 * c for m, c in zip(moments, casts, strict=True)]
         return max(*held, s.fp8_casting) + rows * self._lse_bytes()
 

@@ -33,6 +33,21 @@ TOKENS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_see
 WITHOUT_HF_LOADER = {"gemma", "ministral3", "smollm3"}
 
 
+# Whether llama.cpp rotates neighbouring pairs (LLAMA_ROPE_TYPE_NORM of its llama_model_rope_type),
+# for which its converter reorders the rows. sloth's own reader undoes what its writer did, right
+# or wrong, so it is written down here once more, from their source.
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp
+ROTATES_NEIGHBOURS = {
+    **{"llama": True, "mistral3": True, "smollm3": True},
+    **{"qwen2": False, "qwen3": False, "gemma": False, "gemma2": False, "gemma3": False},
+}
+
+
+def test_heads_are_stored_in_the_order_that_llama_cpp_rotates() -> None:
+    stored = {name: arch.interleaved for name, arch in GGUF_ARCHS.items()}
+    assert stored == ROTATES_NEIGHBOURS, "look a new architecture up there, and add it here"
+
+
 def vocabulary() -> dict[str, Any]:
     tokens, merges = byte_level_vocabulary(VOCAB)
     num_pads = VOCAB - len(tokens)

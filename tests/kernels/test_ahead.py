@@ -16,7 +16,7 @@ from sloth.kernels.dispatch import twin_of, wiring_of
 from sloth.kernels.engine import launches_held
 from sloth.kernels.layer import prepare
 from sloth.kernels.ops.glu import _glu_fwd_kernel, glu_fwd
-from tests.models.families import FIRST, VARIANTS
+from tests.models.families import FIRST_TWINNED, TWINNED
 from tests.oracles import save_tiny
 from tests.test_lora import randomised
 
@@ -92,11 +92,11 @@ def num_compiled() -> int:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", [None, "nf4"])
-@pytest.mark.parametrize("variant", FIRST.values())
+@pytest.mark.parametrize("variant", FIRST_TWINNED.values())
 def test_a_step_after_it_compiles_nothing(
     variant: str, quant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = dict(VARIANTS[variant])
+    settings = dict(TWINNED[variant])
     folder = save_tiny(settings.pop("model_type"), tmp_path / "base", **settings)
     model = sloth.load(folder, quant=quant, dtype="bfloat16")
     randomised(model.add_lora(r=8))

@@ -17,16 +17,16 @@ from tests import tolerance
 from tests.kernels.common import nan_poisoned_empty
 from tests.kernels.test_twins import LENGTH, run
 from tests.models.common import random_tokens
-from tests.models.families import FIRST, VARIANTS
+from tests.models.families import FIRST_TWINNED, TWINNED
 from tests.oracles import save_tiny
 
-NAMES = list(dict.fromkeys([*FIRST.values(), *(n for n in VARIANTS if "ministral3" in n)]))
+NAMES = list(dict.fromkeys([*FIRST_TWINNED.values(), *(n for n in TWINNED if "ministral3" in n)]))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("dora")
-    return {name: save_tiny(folder=root / name, **VARIANTS[name]) for name in NAMES}
+    return {name: save_tiny(folder=root / name, **TWINNED[name]) for name in NAMES}
 
 
 def adapted(folder: Path, quant: str | None = "nf4", use_dora: bool = True) -> sloth.Model:

@@ -76,3 +76,13 @@ def test_tables_in_bf16_are_the_fp32_ones_rounded_once():
     positions = torch.arange(1000, 2000)[None]
     wide, narrow = (rope.tables(positions, dtype)[0] for dtype in (torch.float32, torch.bfloat16))
     assert torch.equal(wide.bfloat16(), narrow)
+
+
+def test_tables_without_values_change_nothing_that_is_kept():
+    rope = Rope(RopeParameters.from_hf(SCALINGS["dynamic"], 1e4, 16, 8))
+    before = rope.tables(torch.arange(20)[None], torch.float32)
+    cos, sin = rope.tables(torch.arange(40, device="meta")[None], torch.bfloat16)
+    assert cos.is_meta and sin.is_meta and cos.shape == (1, 40, before[0].shape[-1])
+    assert cos.dtype == torch.bfloat16
+    after = rope.tables(torch.arange(20)[None], torch.float32)
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))

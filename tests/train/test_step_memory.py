@@ -9,9 +9,12 @@ import pytest
 
 import sloth
 from sloth.kernels.context import POLICIES, Keep
+from sloth.kernels.dispatch import TWINS, wiring_of
+from sloth.kernels.layer import Wiring
 from sloth.train.step_memory import StepMemory
 from tests import tolerance
 from tests.train.measured import measure
+from tools.shapes import SHAPES
 
 pytest.importorskip("triton")
 
@@ -51,8 +54,21 @@ def test_a_layer_holds_what_is_predicted(name, rank, monkeypatch):
 OTHERS = {
     "norms on q and k": "qwen3-8b",
     "norms behind the halves": "gemma-2-9b",
+    "norms at both places": "gemma-3-12b",
     "small": "llama-3.2-1b",
 }
+
+
+def test_every_kind_of_layer_is_measured():
+    """A family whose layers keep something else belongs to the shapes above."""
+    kinds = {kind: _kind(wiring_of(kind)) for kind in TWINS}
+    measured = {_kind(wiring_of(SHAPES[name]["model_type"])) for name in OTHERS.values()}
+    missing = [kind for kind, what in kinds.items() if what not in measured]
+    assert not missing, f"{missing}: name a shape of tools/shapes.py in OTHERS"
+
+
+def _kind(wiring: Wiring) -> tuple[object, ...]:
+    return len(wiring.norms), wiring.post_norms, wiring.qk_norms
 
 
 @pytest.mark.parametrize("name", ["P1", "P3", "P6", "P2, tiles"])

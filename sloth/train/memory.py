@@ -157,7 +157,7 @@ def make_plan(
     if is_host_bound(memory):
         keeps = _recorded(memory, keeps, on_host, budget)
     if sizes.quantized and not sizes.fp8:  # products in 8 bits read nothing unpacked
-        keeps = _with_residents(memory, keeps, on_host, budget)
+        keeps = _fill_with_residents(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
 
@@ -317,7 +317,7 @@ def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
     return trial if fits else keeps
 
 
-def _with_residents(
+def _fill_with_residents(
     memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float
 ) -> list[Keep]:
     """As many layers kept unpacked as the rest of the budget holds."""

@@ -68,7 +68,7 @@ class Decoder(OpModule):
     model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
     c tanh(logits / c); None for plain ones. base_compute: what the fused level's products with
     frozen matrices run on, read by `set_level`. head_chunk_bytes: of logits that `loss` holds at a
-    time, None for the least that is quick.
+    time, a plan's choice; None for the least that is quick.
     """
 
     model_type: str

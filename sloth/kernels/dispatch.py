@@ -106,7 +106,10 @@ def wiring_of(model_type: str) -> Wiring:
 
 
 def twin_of(model_type: str) -> Callable[..., Tensor]:
-    """The fused twin of a family's block: (module, hidden_BTD, context) -> hidden_BTD."""
+    """The fused twin of a family's block: (module, hidden_BTD, context, workspace) -> hidden_BTD.
+
+    workspace: the network's scratch; a twin that is given none makes its own.
+    """
     module: Any = importlib.import_module(TWINS[model_type])
     return module.block
 

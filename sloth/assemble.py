@@ -29,7 +29,7 @@ from sloth.lora import EMBEDDING, HEAD
 from sloth.models import ARCHITECTURES, as_auto_config
 from sloth.models.decoder import Decoder
 from sloth.models.values import OBJECT, checked
-from sloth.quant.bnb import BNB_SUFFIXES, read_bnb
+from sloth.quant.bnb import BNB_SUFFIXES, FP4_STATE_KEY, STATE_KEY, read_bnb
 from sloth.quant.linear4bit import Linear4bit
 from sloth.text.tokenizer import Tokenizer
 
@@ -37,8 +37,7 @@ QUANTIZATIONS = (None, "nf4")
 # Ten times those of the deepest model there is.
 MAX_LAYERS = 2000
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_BNB_MARK = ".quant_state.bitsandbytes__nf4"
-_BNB_FP4_MARK = ".quant_state.bitsandbytes__fp4"
+_BNB_MARK, _BNB_FP4_MARK = f".{STATE_KEY}", f".{FP4_STATE_KEY}"
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Assembled:
     """A network with what came along with it.
 
     hf_config: the text model's config.json. wrapper: model_type of the multimodal model around it,
-    None for a text model. left_out: tensors of that model's other parts.
+    None for a text model.
     """
 
     network: Decoder
@@ -54,7 +53,6 @@ class Assembled:
     tokenizer: Tokenizer | None
     is_quantized: bool
     wrapper: str | None = None
-    left_out: tuple[str, ...] = ()
 
 
 def assemble(
@@ -74,12 +72,10 @@ def assemble(
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
     source, hf_config, tokenizer = _open(path)
     wrapper: str | None = None
-    left_out: tuple[str, ...] = ()
     if str(hf_config.get("model_type")) in WRAPPERS:
         wrapper = hf_config["model_type"]
         source = TextTower(source)
-        left_out = tuple(source.left_out)
-        _tell_left_out(wrapper, left_out)
+        _tell_left_out(wrapper, source.left_out)
         hf_config = text_config(hf_config, ignore_config)
     config_class, decoder_class = architecture_of(hf_config)
     check_quantization(hf_config)
@@ -99,7 +95,7 @@ def assemble(
     _fill(network, source, device, dtype)
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)
-    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, wrapper, left_out)
+    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, wrapper)
 
 
 def architecture_of(hf_config: dict[str, Any]) -> tuple[Any, Callable[..., Decoder]]:

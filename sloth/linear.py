@@ -131,10 +131,6 @@ class Projection(OpModule):
         self.lora_A.weight.uniform_(-bound, bound, generator=generator)
         self.lora_B.weight.zero_()
 
-    def detach_lora(self) -> None:
-        """Empty the slot."""
-        self.lora_A = self.lora_B = self.lora_magnitude_vector = None
-
     def squared_norms(self, dtype: torch.dtype) -> Tensor:
         """||W_j||^2 [out] of the base's rows in `dtype`; kept while the base stays as it is."""
         base = self.base

@@ -16,8 +16,7 @@ import torch
 
 from sloth import __version__
 from sloth.errors import KernelUnavailable
-
-GIB = 2**30
+from sloth.units import GIB
 
 
 def describe_machine() -> dict[str, str]:

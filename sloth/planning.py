@@ -19,7 +19,8 @@ from sloth.machine import free_host_gib, processes_here
 from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
 from sloth.train.memory import Plan, device_budget_gib, make_plan, with_residents
-from sloth.train.network_sizes import GIB, NetworkSizes
+from sloth.train.network_sizes import NetworkSizes
+from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.model import Model

@@ -7,7 +7,7 @@ sentence what to move.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth",),  # __init__: names only, resolved on first use
     (
         *("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine", "sloth.names"),
-        *("sloth.quiet", "sloth.redact"),
+        *("sloth.quiet", "sloth.redact", "sloth.units"),
     ),
     ("sloth.kernels",),
     ("sloth.linear", "sloth.embedding"),
@@ -166,6 +166,48 @@ def test_imports_go_down_only(module: str) -> None:
     for line, imported in imports_of(SLOTH[module]):
         breach = layer_breaches(module, imported)
         assert breach is None, f"{SLOTH[module].relative_to(ROOT)}:{line}: {breach}"
+
+
+def cycles(imports: Mapping[str, Collection[str]]) -> Iterator[list[str]]:
+    """Modules that reach one another, in groups of two or more, and those that import themselves.
+
+    Groups are the strongly connected components, by Tarjan's algorithm (1972).
+    """
+    number: dict[str, int] = {}  # of a module, in the order of the visits
+    lowest: dict[str, int] = {}  # number that it reaches among the modules still open
+    is_open: list[str] = []
+
+    def visit(module: str) -> Iterator[list[str]]:
+        number[module] = lowest[module] = len(number)
+        is_open.append(module)
+        for other in imports[module]:
+            if other not in number:
+                yield from visit(other)
+            if other in is_open:
+                lowest[module] = min(lowest[module], lowest[other])
+        if lowest[module] == number[module]:
+            start = is_open.index(module)
+            group, is_open[start:] = is_open[start:], []
+            if len(group) > 1 or module in imports[module]:
+                yield sorted(group)
+
+    for module in imports:
+        if module not in number:
+            yield from visit(module)
+
+
+def test_modules_import_one_another_in_no_circle() -> None:
+    imports = {m: {i for _, i in imports_of(path) if i in SLOTH} for m, path in SLOTH.items()}
+    for group in cycles(imports):
+        pytest.fail(
+            f"{', '.join(group)} import one another in a circle; move what they share into a "
+            "module of its own, or hand it in as an argument"
+        )
+
+
+def test_the_rule_against_circles_finds_each_of_them() -> None:
+    imports = {"a": "b", "b": "cx", "c": "ad", "d": "ef", "e": "d", "f": "", "x": "x", "y": "f"}
+    assert sorted(cycles(imports)) == [["a", "b", "c"], ["d", "e"], ["x"]]
 
 
 def test_the_rule_catches_each_kind_of_breach() -> None:

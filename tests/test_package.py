@@ -23,10 +23,28 @@ ERRORS = (
 ).split()
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+# With None for a module, Python neither finds nor imports it, as if it were not installed.
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import importlib, sloth
+from pathlib import Path
+for path in sorted(Path("sloth").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+
+from sloth.kernels.engine import HAS_TRITON
+from tests.train.fakes import ROWS, FakeTokenizer
+assert not HAS_TRITON
+model = sloth.load(sys.argv[1], device="cpu", quant="nf4")
+model._tokenizer = FakeTokenizer()
+report = model.train(ROWS, max_steps=1, lora=sloth.LoraConfig(r=2), output=sys.argv[2])
+assert model.level == "fused" and report.losses[0] > 0, (model.level, report.losses)
+"""
+
+
+def run_python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
 
 
 def test_import_prints_nothing_and_needs_no_torch() -> None:
@@ -50,6 +68,12 @@ def test_help_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     assert "train" in run_python(code).stdout
+
+
+def test_every_module_imports_and_a_model_trains_where_triton_is_not_installed(
+    tmp_path: Path,
+) -> None:
+    run_python(WITHOUT_TRITON, save_tiny_llama(tmp_path / "tiny"), tmp_path / "run")
 
 
 def test_public_names_are_all_there() -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sloth.model import Model
     from sloth.train.config import TrainConfig
 
-GIB = 2**30
 
 Quant = Literal["nf4"] | None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sloth.commands.base import GIB, ModelCommand, parse, print_rows
+from sloth.commands.base import ModelCommand, parse, print_rows
+from sloth.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True)

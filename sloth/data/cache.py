@@ -35,6 +35,7 @@ from sloth import __version__
 from sloth.data.examples import Examples, map_shard
 from sloth.errors import CheckpointMismatch
 from sloth.machine import cache_root
+from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -43,7 +44,6 @@ MIN_CACHED_BYTES = 2**20
 ENCODING_VERSION = 4  # raise it when the same rows and settings come to other tokens or labels
 
 DEFAULT_GIB = 20.0
-GIB = 2**30
 
 _READ_BYTES = 1 << 20
 _INDEX, _LOCK = "index.json", ".lock"

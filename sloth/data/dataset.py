@@ -25,7 +25,6 @@ from sloth.data.batches import (
     padding_share,
 )
 from sloth.data.cache import (
-    GIB,
     MIN_CACHED_BYTES,
     NewEntry,
     alone,
@@ -46,6 +45,7 @@ from sloth.data.settings import ROW_FIELDS, DataSettings, OnLong, TrainOn
 from sloth.data.sources import Placed, Rows, Source, open_rows
 from sloth.errors import DataError
 from sloth.names import refuse_unknown
+from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -125,7 +125,6 @@ class Resolved:
     path: Path
     repo_id: str | None = None
     revision: str | None = None
-    alias: str | None = None
 
 
 def resolve(name: str, revision: str | None = None, weights: bool = True) -> Resolved:
@@ -141,12 +140,11 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Res
         if path.is_file() and path.suffix != ".gguf":
             raise UnknownModel(f"{name} is a file, but no .gguf; give the folder it is in")
         return Resolved(path)
-    alias = name.lower() if name.lower() in ALIASES else None
-    repo_id, open_copy = ALIASES[alias] if alias else (name, None)
+    repo_id, open_copy = ALIASES.get(name.lower(), (name, None))
     if not _REPO_ID.fullmatch(repo_id) or name.endswith(".gguf"):
         said = name[:_SAID_CHARACTERS]
         raise UnknownModel(f"{said!r} is no folder, no .gguf file and no alias.{_nearest(said)}")
-    return _download(repo_id, revision, alias, open_copy, weights)
+    return _download(repo_id, revision, open_copy, weights)
 
 
 def _local(name: str) -> Path | None:
@@ -187,9 +185,7 @@ def _nearest(name: str) -> str:
     return f" Nearest aliases: {known}. A hub repository is written owner/name"
 
 
-def _download(
-    repo_id: str, revision: str | None, alias: str | None, open_copy: str | None, weights: bool
-) -> Resolved:
+def _download(repo_id: str, revision: str | None, open_copy: str | None, weights: bool) -> Resolved:
     from huggingface_hub.errors import (
         GatedRepoError,
         HTTPError,
@@ -218,7 +214,7 @@ def _download(
             f"{repo_id} could not be fetched and is not in the local cache: {error}"
         ) from error
     # The hub's cache names a snapshot folder by its commit.
-    return Resolved(path, repo_id, path.name, alias)
+    return Resolved(path, repo_id, path.name)
 
 
 def fetch_dataset(repo_id: str, revision: str | None = None) -> Path:

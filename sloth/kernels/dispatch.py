@@ -112,7 +112,8 @@ def wiring_of(model_type: str) -> Wiring:
 def twin_of(model_type: str) -> Callable[..., Tensor]:
     """The fused twin of a family's block: (module, hidden_BTD, context, workspace) -> hidden_BTD.
 
-    Raises KernelUnavailable without one.
+    workspace: the network's scratch; a twin that is given none makes its own. Raises
+    KernelUnavailable without a twin.
     """
     return _twin_module(model_type).block
 

@@ -24,7 +24,7 @@ from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES, IGNORED, TrainedRows
-from sloth.kernels.ops.lora_linear import gains_of
+from sloth.kernels.ops.lora_linear import row_gains
 from sloth.kernels.recording import Recorder
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
@@ -33,7 +33,7 @@ from sloth.models.rope import Rope
 
 RunBlock = Callable[[nn.Module, Tensor, BlockContext], Tensor]
 # (rows B, tokens T) -> what each fused layer keeps for its backward.
-Planner = Callable[[int, int], Sequence[Keep]]
+ChooseKeeps = Callable[[int, int], Sequence[Keep]]
 
 
 class RMSNorm(OpModule):
@@ -52,7 +52,7 @@ class RMSNorm(OpModule):
         return self.ops.add_rms_norm(delta, residual, self.weight, self.eps, self.offset)
 
 
-class Stack(nn.Module):
+class DecoderStack(nn.Module):
     """Holds `embed_tokens`, `layers` and `norm` under Hugging Face's prefix `model.`."""
 
     def __init__(self, embed_tokens: Embedding, layers: list[nn.Module], norm: RMSNorm) -> None:
@@ -68,7 +68,7 @@ class Decoder(OpModule):
     model_type: config.json's; it names the fused twin. final_softcap: c, for logits bent to
     c tanh(logits / c); None for plain ones. base_compute: what the fused level's products with
     frozen matrices run on, read by `set_level`. head_chunk_bytes: of logits that `loss` holds at a
-    time, None for the least that is quick.
+    time, a plan's choice; None for the least that is quick.
     """
 
     model_type: str
@@ -78,7 +78,7 @@ class Decoder(OpModule):
     head_chunk_bytes: int | None = None
 
     def __init__(
-        self, config: Any, model: Stack, lm_head: Projection | None, specs: list[LayerSpec]
+        self, config: Any, model: DecoderStack, lm_head: Projection | None, specs: list[LayerSpec]
     ) -> None:
         super().__init__()
         self.config = config
@@ -87,7 +87,7 @@ class Decoder(OpModule):
         self.specs = specs
         self._ropes = {spec.rope: Rope(spec.rope) for spec in specs if spec.rope}
         self.run_block: RunBlock = run_plain
-        self.planner: Planner | None = None
+        self.planner: ChooseKeeps | None = None
         self._head_is_shared = False
         self._use(Workspace())
 
@@ -260,7 +260,7 @@ class Decoder(OpModule):
         dropped = nn.functional.dropout(hidden, lora.dropout, self.lm_head.training)
         low = lora.scale * (dropped @ lora.A.to(hidden.dtype).T)
         wide = torch.cat((weight, lora.B.to(weight.dtype)), -1)
-        gains = gains_of(weight, lora, weight.dtype)
+        gains = row_gains(weight, lora, weight.dtype)
         if gains is not None:  # of the magnitudes autograd takes the gradient
             wide = (wide * gains[:, None]).to(wide.dtype)
         return torch.cat((hidden, low), -1), wide

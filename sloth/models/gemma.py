@@ -24,7 +24,7 @@ from torch import Tensor
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import RopeParameters
 
 
@@ -168,7 +168,7 @@ class GemmaDecoder(Decoder):
     model_type = "gemma"
 
     def __init__(self, config: GemmaConfig, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size, config.hidden_size**0.5),
             [
                 Block(config, f"model.layers.{index}", linear)

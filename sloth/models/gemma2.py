@@ -27,7 +27,7 @@ from torch import Tensor
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import RopeParameters
 
 
@@ -203,7 +203,7 @@ class Gemma2Decoder(Decoder):
     model_type = "gemma2"
 
     def __init__(self, config: Gemma2Config, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size, config.hidden_size**0.5),
             [
                 Block(config, f"model.layers.{index}", linear)

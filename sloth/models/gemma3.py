@@ -28,7 +28,7 @@ from sloth.errors import UnsupportedConfig
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import RopeParameters
 from sloth.models.values import OBJECT, checked
 
@@ -235,7 +235,7 @@ class Gemma3Decoder(Decoder):
     model_type = "gemma3_text"
 
     def __init__(self, config: Gemma3Config, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size, config.hidden_size**0.5),
             [
                 Block(config, f"model.layers.{index}", linear)

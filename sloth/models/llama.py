@@ -20,7 +20,7 @@ from torch import Tensor
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import RopeParameters
 
 
@@ -166,7 +166,7 @@ class LlamaDecoder(Decoder):
     model_type = "llama"
 
     def __init__(self, config: LlamaConfig, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size),
             [
                 Block(config, f"model.layers.{index}", linear)

@@ -25,7 +25,7 @@ from sloth.errors import UnsupportedConfig
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import DEFAULT_THETA, QueryScale, RopeParameters
 from sloth.models.values import checked
 
@@ -226,7 +226,7 @@ class MistralDecoder(Decoder):
     """
 
     def __init__(self, config: MistralConfig, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size),
             [
                 Block(config, f"model.layers.{index}", linear)

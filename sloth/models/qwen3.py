@@ -24,7 +24,7 @@ from torch import Tensor
 from sloth.kernels.context import BlockContext
 from sloth.linear import OpModule, ProjectionFactory, dense_projection
 from sloth.models.config import FULL, SLIDING, KeyReader, LayerSpec
-from sloth.models.decoder import Decoder, Embedding, RMSNorm, Stack
+from sloth.models.decoder import Decoder, DecoderStack, Embedding, RMSNorm
 from sloth.models.rope import RopeParameters
 
 
@@ -187,7 +187,7 @@ class Qwen3Decoder(Decoder):
     model_type = "qwen3"
 
     def __init__(self, config: Qwen3Config, linear: ProjectionFactory = dense_projection) -> None:
-        stack = Stack(
+        stack = DecoderStack(
             Embedding(config.vocab_size, config.hidden_size),
             [
                 Block(config, f"model.layers.{index}", linear)

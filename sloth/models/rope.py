@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sloth.errors import UnsupportedConfig
+from sloth.kernels.rows import compute_dtype
 from sloth.models.values import checked
 
 DEFAULT_THETA = 10000.0
@@ -184,7 +185,7 @@ class Rope:
         frequencies = self.frequencies
         if self.parameters.rope_type == "dynamic":
             frequencies = self._of_rows(positions) if alone else self._follow_length(positions)
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = compute_dtype(dtype)
         angles = positions[..., None].to(wide) * frequencies.to(wide)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()

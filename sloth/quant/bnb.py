@@ -63,11 +63,9 @@ def bnb_tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
 def read_bnb(name: str, tensor: Callable[[str], Tensor], names: Container[str]) -> NF4Weight:
     """The quantized weight `name` from its file entries.
 
-    tensor: reads one entry. names: what the file holds. Raises UnsupportedConfig for FP4, other
+    tensor: reads one entry. names: what the file holds. Raises UnsupportedConfig for other kinds,
     block sizes or maps, CheckpointMismatch for damaged or missing entries.
     """
-    if f"{name}.{FP4_STATE_KEY}" in names:
-        raise UnsupportedConfig(f"{name} is stored in FP4; sloth reads bitsandbytes NF4 only")
 
     def entry(suffix: str) -> Tensor:
         key = f"{name}.{suffix}"

@@ -12,11 +12,10 @@ from sloth.data.show import describe_first_row, warnings_of
 from sloth.formats.tensor_file import num_bytes
 from sloth.train.checkpoint import newer_than
 from sloth.train.optim import kind_of, rate_scales
+from sloth.units import MIB
 
 if TYPE_CHECKING:
     from sloth.train.trainer import Trainer
-
-MIB = 2**20
 
 
 def announce(

@@ -26,9 +26,10 @@ from sloth.machine import free_host_gib
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.masters import SIXTEEN_BITS
 from sloth.train.memory import FRAGMENTATION, Plan, device_budget_gib
-from sloth.train.network_sizes import GIB, NetworkSizes
+from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import moment_bytes, trainable
 from sloth.train.step_memory import WORKSPACES, StepMemory
+from sloth.units import GIB
 
 
 def state_bytes_of(network: nn.Module, optimizer: Optimizer = "adamw") -> dict[str, int]:

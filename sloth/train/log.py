@@ -31,8 +31,8 @@ from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
+from sloth.units import GIB
 
-GIB = 2**30
 MAX_PLAIN_LINES = 100
 SPARKLINE_WIDTH = 60
 MIN_EPOCH_STEPS = 8  # a curve of fewer says nothing that their lines do not

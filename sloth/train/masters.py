@@ -60,7 +60,7 @@ class Masters:
                 handle.remove()
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Round the masters into the parameters that the network computes with."""
         for parameter, master in self._pairs:
             parameter.copy_(master)

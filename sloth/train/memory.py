@@ -30,8 +30,9 @@ import torch
 
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
-from sloth.train.network_sizes import GIB, NetworkSizes
+from sloth.train.network_sizes import NetworkSizes
 from sloth.train.step_memory import FRAGMENTATION, StepMemory
+from sloth.units import GIB
 
 # Rates that weigh one kind of work against another (H100: TFLOP/s of products and of attention).
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
@@ -157,7 +158,7 @@ def make_plan(
     if is_host_bound(memory):
         keeps = _recorded(memory, keeps, on_host, budget)
     if sizes.quantized and not sizes.fp8:  # products in 8 bits read nothing unpacked
-        keeps = _with_residents(memory, keeps, on_host, budget)
+        keeps = _fill_with_residents(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
 
@@ -317,7 +318,7 @@ def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
     return trial if fits else keeps
 
 
-def _with_residents(
+def _fill_with_residents(
     memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float
 ) -> list[Keep]:
     """As many layers kept unpacked as the rest of the budget holds."""

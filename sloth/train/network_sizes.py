@@ -12,8 +12,6 @@ from sloth.kernels.fp8 import TURNED_COLUMNS
 from sloth.kernels.layer import GROUPS
 from sloth.kernels.stack_shape import padded
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class NetworkSizes:

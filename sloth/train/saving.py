@@ -24,8 +24,8 @@ import torch
 from sloth.errors import NonFiniteGradients, OutOfMemory, SaveFailed
 from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
+from sloth.units import MIB
 
-MIB = 2**20
 # Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what
 # does not fit, the save says so.
 EXTRAS_BYTES = MIB // 4

@@ -128,7 +128,7 @@ class TrainState:
         identity = asdict(self.identity)
         self.ranks.require_same({**identity.pop("settings"), **identity})
         self.ranks.take_first(self.masters.by_name.values())
-        self.masters.publish()
+        self.masters.write_back()
 
     def checkpoint_bytes(self) -> int:
         """What a checkpoint will take, once the optimizer has moments."""
@@ -247,7 +247,7 @@ class TrainState:
     def _load_weights(self, source: Path) -> None:
         stored = checkpoint.read_tensors(source, "trainable")
         checkpoint.copy_parameters(self.masters.by_name, stored, source)
-        self.masters.publish()
+        self.masters.write_back()
 
     def _add_files(self, folder: Path) -> None:
         self.model.tokenizer.save(folder)

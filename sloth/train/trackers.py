@@ -18,9 +18,9 @@ from typing import Any
 from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.records import EvalRecord, StepRecord
+from sloth.units import GIB
 
 DEFAULT_PROJECT = "sloth"
-GIB = 2**30
 
 
 def step_metrics(record: StepRecord) -> dict[str, float]:

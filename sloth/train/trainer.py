@@ -265,7 +265,7 @@ class Trainer:
         clip_gradients(masters.by_name.values(), norm, self.config.clip)
         set_learning_rate(optimizer, lr)
         optimizer.step()
-        masters.publish()
+        masters.write_back()
         return []
 
     @property

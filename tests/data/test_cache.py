@@ -14,6 +14,7 @@ import pytest
 from sloth.data import cache, dataset, examples
 from sloth.data.dataset import load_data
 from sloth.text.chat import ChatTemplate
+from sloth.units import GIB
 from tests.data.test_masks import FAMILIES, SPECIAL
 from tests.train.fakes import ROWS, FakeTokenizer
 
@@ -211,7 +212,7 @@ def entries():
 
 
 def keep_room_for(monkeypatch, num_bytes):
-    monkeypatch.setenv("SLOTH_CACHE_GIB", repr(num_bytes / cache.GIB))
+    monkeypatch.setenv("SLOTH_CACHE_GIB", repr(num_bytes / GIB))
 
 
 def one_entry(file, max_length, age):

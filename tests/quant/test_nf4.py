@@ -131,8 +131,9 @@ def test_foreign_and_damaged_entries_are_refused():
         read(**{f".{STATE_KEY}": torch.zeros(4, dtype=torch.uint8)})
     with pytest.raises(UnsupportedConfig, match="codebook"):
         read(**{".quant_map": torch.zeros(16)})
-    with pytest.raises(UnsupportedConfig, match="FP4"):
-        read(**{".quant_state.bitsandbytes__fp4": torch.zeros(1)})
+    state = bytes(tensors[f"p.weight.{STATE_KEY}"].tolist()).replace(b'"nf4"', b'"fp4"')
+    with pytest.raises(UnsupportedConfig, match="quantized as .'fp4', 64, 256."):
+        read(**{f".{STATE_KEY}": torch.tensor(list(state), dtype=torch.uint8)})
 
 
 def test_linear4bit_refuses_a_weight_of_another_shape():

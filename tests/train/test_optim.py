@@ -171,7 +171,7 @@ def test_masters_keep_what_bf16_rounds_away():
         for _ in range(1000):
             parameter.sum().backward()
             optimizer.step()
-            masters.publish()
+            masters.write_back()
             masters.drop_gradients()
     assert torch.equal(parameter.float(), torch.tensor(0.9).bfloat16().float().expand(4))
     still = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))

@@ -35,6 +35,7 @@ from sloth.kernels.ops.attention_layout import AttentionLayout
 from sloth.kernels.ops.decode_attention import decode_attention
 from sloth.kernels.ops.flash_attention import flash_attention_fwd
 from sloth.kernels.ops.flash_attention_bwd import flash_attention_bwd
+from sloth.kernels.rows import compute_dtype
 
 Saved = tuple[Tensor | None, ...]
 
@@ -64,7 +65,7 @@ def attention_reference(
     if seen is not None:
         nothing = torch.zeros(seen.shape, dtype=scores.dtype, device=scores.device)
         scores = scores + nothing.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    wide = torch.promote_types(scores.dtype, torch.float32)
+    wide = compute_dtype(scores.dtype)
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(q_BHTE.dtype)
     return torch.matmul(weights, v_BHSE)
 
@@ -84,7 +85,7 @@ def _math_weights(
     q_BHTE: Tensor, k_BKSE: Tensor, scale: float, layout: AttentionLayout, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """P [B, K, G, T, S] in fp32 or wider, G query heads sharing a kv head; and the cap's slope."""
-    wide = torch.promote_types(q_BHTE.dtype, torch.float32)
+    wide = compute_dtype(q_BHTE.dtype)
     q = rearrange(q_BHTE.to(wide), "b (k g) t e -> b k g t e", k=k_BKSE.shape[1])
     scores = torch.einsum("bkgte,bkse->bkgts", q, k_BKSE.to(wide)) * scale
     slope = None

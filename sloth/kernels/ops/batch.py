@@ -33,6 +33,7 @@ from sloth.kernels.ops.nf4 import (
     num_programs,
     unpack_blocks,
 )
+from sloth.kernels.rows import compute_dtype
 
 # Numbers a matrix has in the table of a batch.
 _NF4_FIELDS, _COPY_FIELDS = 10, 9
@@ -296,7 +297,7 @@ def _copy_torch(source: Tensor, out: Tensor, scale: float, gains: Tensor | None)
     if scale == 0:
         out.zero_()
         return
-    wide = source.detach().to(torch.promote_types(source.dtype, torch.float32)) * scale
+    wide = source.detach().to(compute_dtype(source.dtype)) * scale
     out.copy_(wide if gains is None else wide * gains[:, None])
 
 

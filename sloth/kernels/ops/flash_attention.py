@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sloth.kernels.engine import jit, tl
+from sloth.kernels.engine import HAS_TRITON, jit, tl
 from sloth.kernels.flash_tiles import compile_entries, constants
 
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E: Any = tl.constexpr(1.4426950408889634) if HAS_TRITON else None
 
 
 @jit

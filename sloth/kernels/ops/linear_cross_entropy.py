@@ -34,9 +34,10 @@ from sloth.kernels.rows import compute_dtype, sum_over_rows
 
 IGNORED = -100
 
-# Logits held at a time: the least that is quick, which a plan starts from, and for callers without
-# a plan. Forward and backward of 8192 rows at V = 128256, D = 4096 in bf16 take 29.7 ms with 128
-# MiB, 28.8 with 256, 27.4 with 512, 27.1 with 1 GiB (H100).
+# Bytes of logits held at a time. The first is the least that is quick: a plan starts from it, a
+# network without a plan takes it, and log-probabilities always do. The second is for direct calls
+# of `linear_cross_entropy` that name no size. Forward and backward of 8192 rows at V = 128256,
+# D = 4096 in bf16 take 29.7 ms with 128 MiB, 28.8 with 256, 27.4 with 512, 27.1 with 1 GiB (H100).
 CHUNK_BYTES, ROOMY_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
 # Rows of a chunk are a multiple of this where they are as many: whole tiles of the products.
 _WHOLE_ROWS = 256
@@ -58,7 +59,8 @@ def linear_cross_entropy_reference(
     trained_rows: TrainedRows | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Eager: all logits, softcap in their dtype, fp32 cross-entropy, as Hugging Face does."""
+    """Eager: all logits at once, whatever chunk_bytes; softcap in their dtype, fp32 cross-entropy,
+    as Hugging Face does."""
     logits = F.linear(hidden, weight)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -221,7 +223,7 @@ class TrainedRows:
 
 
 def row_chunks(hidden: Tensor, weight: Tensor, chunk_bytes: int | None = None) -> list[slice]:
-    """Rows of hidden [M, D] whose logits exist at one time."""
+    """Rows of hidden [M, D] whose logits exist at one time, 128 MiB of them unless said."""
     size = max(1, (chunk_bytes or CHUNK_BYTES) // (len(weight) * hidden.element_size()))
     size -= size % _WHOLE_ROWS if size > _WHOLE_ROWS else 0
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
@@ -253,7 +255,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         num_trained: int | Tensor | None,
         softcap: float | None,
         trained_rows: TrainedRows | None,
-        chunk_bytes: int | None,
+        chunk_bytes: int,
     ) -> Tensor:
         wide = compute_dtype(hidden.dtype)
         needs_dhidden, needs_dweight = ctx.needs_input_grad[:2]
@@ -308,7 +310,8 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D] of one dtype, labels [N] int64 with -100 for untrained rows ->
     fp32 scalar (fp64 for fp64). num_trained: divisor in place of the count. softcap: c in
     c tanh(z / c). trained_rows: those of `labels`, if they were made earlier. chunk_bytes: of
-    logits held at a time, 512 MiB unless said. Differentiable in hidden and weight.
+    logits held at a time, 512 MiB unless said, which a network always does. Differentiable in
+    hidden and weight.
     """
     if chunk_bytes is None:
         chunk_bytes = ROOMY_CHUNK_BYTES

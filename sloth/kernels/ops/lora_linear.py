@@ -128,7 +128,7 @@ def adapted_row_norms(base: Base, lora: LoraOperands, dtype: torch.dtype) -> Ten
     return dora.adapted_norms(weight, A, sB, lora.magnitude.squared)
 
 
-def gains_of(base: Base, lora: LoraOperands | None, dtype: torch.dtype) -> Tensor | None:
+def row_gains(base: Base, lora: LoraOperands | None, dtype: torch.dtype) -> Tensor | None:
     """Gains [O] of the rows of an adapted matrix that computes in `dtype`; None without DoRA."""
     if lora is None or lora.magnitude is None:
         return None
@@ -145,7 +145,7 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor | None]:
     """(y [..., O], u = x' A^T [..., R] or None), both in x's dtype.
 
-    gains: those of `gains_of`, where lora has a magnitude.
+    gains: those of `row_gains`, where lora has a magnitude.
     """
     dtype, leading, x_NI = x.dtype, x.shape[:-1], _rows(x)
     early = None if bias is None or gains is not None else bias.to(dtype)  # gains come before it
@@ -273,11 +273,11 @@ def lora_linear(
     one_row = x.numel() == x.shape[-1] and mask is None and not torch.is_grad_enabled()
     if one_row and isinstance(base, NF4Weight) and nf4_matvec.serves(base, x.dtype):
         A, B, scale = (None, None, 1.0) if lora is None else (lora.A, lora.B, lora.scale)
-        gains = gains_of(base, lora, x.dtype)
+        gains = row_gains(base, lora, x.dtype)
         return nf4_matvec.nf4_matvec(x, base, bias, A, B, scale, gains)
     if lora is None:
         return LoraLinearFunction.apply(x, base, bias, None, None, None, None, 1.0, mask)
-    gains = gains_of(base, lora, x.dtype)
+    gains = row_gains(base, lora, x.dtype)
     m = None if lora.magnitude is None else lora.magnitude.m
     gains = None if gains is None else gains.detach()
     return LoraLinearFunction.apply(x, base, bias, lora.A, lora.B, m, gains, lora.scale, mask)

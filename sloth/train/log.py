@@ -2,15 +2,16 @@
 
 Each line of metrics.jsonl is one JSON object: {"event": "step", "step": 1, "loss": ..., ...} or
 {"event": "eval", "step": 10, "eval_loss": ..., "perplexity": ..., "samples": [...]}. NaN and
-infinity, which JSON lacks, are written as null. Secrets are redacted in both. A full disk or a
-reader that has left ends what is said, and not the run. Callbacks hear of everything from here, so
-the loop reports each moment once.
+infinity, which JSON lacks, are written as null. Secrets are redacted in both. The disk holds the
+lines of a step before it holds its checkpoint. A full disk or a reader that has left ends what is
+said, and not the run. Callbacks hear of everything from here, so the loop reports each moment once.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -221,19 +222,34 @@ class RunLog:
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is None:
             return
-        assert self._file is not None, "used outside its context"
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
         self._pending += json.dumps(self._redactor.value(finite)).encode() + b"\n"
+        self._flush()
+
+    def sync(self) -> None:
+        """Have the disk hold every line, before it holds a checkpoint: what is resumed from there
+        does not do these steps again, so a power cut would take their lines for good.
+        """
+        if self._file is not None:
+            self._flush(is_synced=True)
+
+    def _flush(self, is_synced: bool = False) -> None:
+        """Write what is pending, as far as the disk takes it."""
+        assert self._file is not None and self._metrics is not None, "used outside its context"
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
+            if is_synced:
+                os.fsync(self._file.fileno())
         except OSError as error:
             if not self._is_behind:
                 self.notice(f"WARNING: {self._metrics.name} falls behind: {error.strerror}")
-        self._is_behind = bool(self._pending)
+            self._is_behind = True
+        else:
+            self._is_behind = False
 
 
 def memory_bytes(device: torch.device) -> int:

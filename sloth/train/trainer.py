@@ -184,7 +184,7 @@ class Trainer:
             StopRequest() as stop,
             state.masters.collecting_gradients(),
         ):
-            self.saver = saver = Saver(output, log.notice, log.saved, newest=source)
+            self.saver = saver = Saver(output, log.notice, log.saved, source, log.sync)
             self.ranks.first(write_settings, self.config, output)
             self.ranks.first(log.start, self.config.plain())
             announce(log.notice, self, output, source, changed)

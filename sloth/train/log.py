@@ -32,6 +32,7 @@ from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
+from sloth.train.records import Progress as Done
 
 GIB = 2**30
 MAX_PLAIN_LINES = 100
@@ -45,8 +46,9 @@ class RunLog:
     """Writes a run's progress. Use as a context manager around the loop.
 
     On resume, lines of metrics.jsonl after `first_step` (of a run that died later) are taken out,
-    and the evaluation of that step where it is to be done again. metrics: None for a process that
-    is to be silent.
+    and the evaluation of that step where it is to be done again. Those of before that a torn log
+    lacks come back with no more than their losses, which the checkpoint has. before: what it says.
+    metrics: None for a process that is to be silent.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class RunLog:
         num_steps: int,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
-        looks_again: bool = False,
+        before: Done | None = None,
     ) -> None:
         stdout: Any = QuietStream(sys.stdout)
         self.console = console or Console(file=stdout, soft_wrap=True, quiet=metrics is None)
@@ -64,7 +66,7 @@ class RunLog:
         self._redactor = Redactor()
         self.first_step, self.num_steps = first_step, num_steps
         self._every = max(1, num_steps // MAX_PLAIN_LINES)
-        self._metrics, self._looks_again = metrics, looks_again
+        self._metrics, self._before = metrics, before or Done()
         self._file: FileIO | None = None
         self._pending, self._is_behind = b"", False  # lines that the disk did not take yet
         self._progress: Progress | None = None
@@ -76,9 +78,16 @@ class RunLog:
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
         if self._metrics is not None:
-            kept_bytes = _bytes_until(self._metrics, self.first_step, not self._looks_again)
+            kept = _lines_until(self._metrics, self.first_step, not self._before.is_look_due)
+            lost = _lines_after(kept, self._before) if self._metrics.is_file() else []
             self._file = self._metrics.open("ab", buffering=0)
-            self._file.truncate(kept_bytes)
+            self._file.truncate(len(kept))
+            self._pending = b"\n" if kept and not kept.endswith(b"\n") else b""
+            if lost:
+                name, first = self._metrics.name, lost[0]["step"]
+                self.notice(f"WARNING: {name} is torn; from step {first} on, losses are put back")
+            for values in lost:
+                self._write(values)
         self._began = time.monotonic()
         if self.console.is_terminal:
             bar = BarColumn(bar_width=self._bar_width())
@@ -266,13 +275,13 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
-    """Length of the lines up to a step, with its evaluation or without; a killed process may have
-    cut the last one.
+def _lines_until(metrics: Path, last_step: int, with_look: bool) -> bytes:
+    """The lines up to a step, with its evaluation or without; a killed process may have cut the
+    last one.
     """
     if last_step == 0 or not metrics.is_file():
-        return 0
-    length = 0
+        return b""
+    lines = []
     for line in metrics.read_bytes().splitlines(keepends=True):
         try:
             told = json.loads(line)
@@ -281,8 +290,21 @@ def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
                 break
         except (ValueError, KeyError, TypeError):
             break
-        length += len(line)
-    return length
+        lines.append(line)
+    return b"".join(lines)
+
+
+def _lines_after(kept: bytes, before: Done) -> list[dict[str, Any]]:
+    """What a checkpoint knows of the steps and evaluations after the last line that is kept."""
+    told = json.loads(kept.splitlines()[-1]) if kept else {"step": 0}
+    last = told["step"], told.get("event") == "eval"
+    lines: list[dict[str, Any]] = []
+    for step, loss in enumerate(before.losses, start=1):
+        if (step, False) > last:
+            lines.append({"event": "step", "step": step, "loss": loss})
+        if step in before.held_out and (step, True) > last:
+            lines.append({"event": "eval", "step": step, "eval_loss": before.held_out[step]})
+    return lines
 
 
 def _one_line(text: str) -> str:

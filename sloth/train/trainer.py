@@ -285,7 +285,7 @@ class Trainer:
     def _new_log(self, output: Path) -> RunLog:
         metrics = output / "metrics.jsonl" if self.ranks.is_first else None
         step, num_steps = self.progress.step, self.plan.num_steps
-        log = RunLog(metrics, step, num_steps, looks_again=self.progress.is_look_due)
+        log = RunLog(metrics, step, num_steps, before=self.progress)
         if not self.ranks.is_first:
             return log
         trackers = build_trackers(self.config.trackers, self.config.project, log.notice)

@@ -2,15 +2,16 @@
 
 Each line of metrics.jsonl is one JSON object: {"event": "step", "step": 1, "loss": ..., ...} or
 {"event": "eval", "step": 10, "eval_loss": ..., "perplexity": ..., "samples": [...]}. NaN and
-infinity, which JSON lacks, are written as null. Secrets are redacted in both. A full disk or a
-reader that has left ends what is said, and not the run. Callbacks hear of everything from here, so
-the loop reports each moment once.
+infinity, which JSON lacks, are written as null. Secrets are redacted in both. The disk holds the
+lines of a step before it holds its checkpoint. A full disk or a reader that has left ends what is
+said, and not the run. Callbacks hear of everything from here, so the loop reports each moment once.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
+from sloth.train.records import Progress as Done
 from sloth.units import GIB
 
 MAX_PLAIN_LINES = 100
@@ -44,8 +46,9 @@ class RunLog:
     """Writes a run's progress. Use as a context manager around the loop.
 
     On resume, lines of metrics.jsonl after `first_step` (of a run that died later) are taken out,
-    and the evaluation of that step where it is to be done again. metrics: None for a process that
-    is to be silent.
+    and the evaluation of that step where it is to be done again. Those of before that a torn log
+    lacks come back with no more than their losses, which the checkpoint has. before: what it says.
+    metrics: None for a process that is to be silent.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class RunLog:
         num_steps: int,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
-        looks_again: bool = False,
+        before: Done | None = None,
     ) -> None:
         stdout: Any = QuietStream(sys.stdout)
         self.console = console or Console(file=stdout, soft_wrap=True, quiet=metrics is None)
@@ -63,7 +66,7 @@ class RunLog:
         self._redactor = Redactor()
         self.first_step, self.num_steps = first_step, num_steps
         self._every = max(1, num_steps // MAX_PLAIN_LINES)
-        self._metrics, self._looks_again = metrics, looks_again
+        self._metrics, self._before = metrics, before or Done()
         self._file: FileIO | None = None
         self._pending, self._is_behind = b"", False  # lines that the disk did not take yet
         self._progress: Progress | None = None
@@ -75,9 +78,16 @@ class RunLog:
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
         if self._metrics is not None:
-            kept_bytes = _bytes_until(self._metrics, self.first_step, not self._looks_again)
+            kept = _lines_until(self._metrics, self.first_step, not self._before.is_look_due)
+            lost = _lines_after(kept, self._before) if self._metrics.is_file() else []
             self._file = self._metrics.open("ab", buffering=0)
-            self._file.truncate(kept_bytes)
+            self._file.truncate(len(kept))
+            self._pending = b"\n" if kept and not kept.endswith(b"\n") else b""
+            if lost:
+                name, first = self._metrics.name, lost[0]["step"]
+                self.notice(f"WARNING: {name} is torn; from step {first} on, losses are put back")
+            for values in lost:
+                self._write(values)
         self._began = time.monotonic()
         if self.console.is_terminal:
             bar = BarColumn(bar_width=self._bar_width())
@@ -221,19 +231,34 @@ class RunLog:
     def _write(self, values: dict[str, Any]) -> None:
         if self._metrics is None:
             return
-        assert self._file is not None, "used outside its context"
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
         self._pending += json.dumps(self._redactor.value(finite)).encode() + b"\n"
+        self._flush()
+
+    def sync(self) -> None:
+        """Have the disk hold every line, before it holds a checkpoint: what is resumed from there
+        does not do these steps again, so a power cut would take their lines for good.
+        """
+        if self._file is not None:
+            self._flush(is_synced=True)
+
+    def _flush(self, is_synced: bool = False) -> None:
+        """Write what is pending, as far as the disk takes it."""
+        assert self._file is not None and self._metrics is not None, "used outside its context"
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
+            if is_synced:
+                os.fsync(self._file.fileno())
         except OSError as error:
             if not self._is_behind:
                 self.notice(f"WARNING: {self._metrics.name} falls behind: {error.strerror}")
-        self._is_behind = bool(self._pending)
+            self._is_behind = True
+        else:
+            self._is_behind = False
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -250,13 +275,13 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
-    """Length of the lines up to a step, with its evaluation or without; a killed process may have
-    cut the last one.
+def _lines_until(metrics: Path, last_step: int, with_look: bool) -> bytes:
+    """The lines up to a step, with its evaluation or without; a killed process may have cut the
+    last one.
     """
     if last_step == 0 or not metrics.is_file():
-        return 0
-    length = 0
+        return b""
+    lines = []
     for line in metrics.read_bytes().splitlines(keepends=True):
         try:
             told = json.loads(line)
@@ -265,8 +290,21 @@ def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
                 break
         except (ValueError, KeyError, TypeError):
             break
-        length += len(line)
-    return length
+        lines.append(line)
+    return b"".join(lines)
+
+
+def _lines_after(kept: bytes, before: Done) -> list[dict[str, Any]]:
+    """What a checkpoint knows of the steps and evaluations after the last line that is kept."""
+    told = json.loads(kept.splitlines()[-1]) if kept else {"step": 0}
+    last = told["step"], told.get("event") == "eval"
+    lines: list[dict[str, Any]] = []
+    for step, loss in enumerate(before.losses, start=1):
+        if (step, False) > last:
+            lines.append({"event": "step", "step": step, "loss": loss})
+        if step in before.held_out and (step, True) > last:
+            lines.append({"event": "eval", "step": step, "eval_loss": before.held_out[step]})
+    return lines
 
 
 def _one_line(text: str) -> str:

@@ -33,7 +33,7 @@ EXTRAS_BYTES = MIB // 4
 
 class Saver:
     """Writes a run's checkpoints. `newest` is the last good one, `failure` why the last try
-    failed.
+    failed. before_saving: is called before what a run resumes from is written.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class Saver:
         notice: Callable[[str], None],
         on_saved: Callable[[int, Path], None],
         newest: Path | None = None,
+        before_saving: Callable[[], None] = lambda: None,
     ) -> None:
         self.output, self.notice, self._on_saved = output, notice, on_saved
+        self._before_saving = before_saving
         self.newest = newest
         self.failure: str | None = None
 
@@ -89,6 +91,7 @@ class Saver:
             )
         try:
             self._expect_room(sum(num_bytes(group) for group in tensors.values()))
+            self._before_saving()
             self.newest = checkpoint.write_checkpoint(
                 self.output, step, tensors, state, add_files, best_step
             )
@@ -106,6 +109,7 @@ class Saver:
         if self.newest is None or checkpoint.step_of(self.newest) != step:
             return
         try:
+            self._before_saving()
             checkpoint.write_looked(self.newest, progress)
         except OSError as error:
             self.notice(f"WARNING: the evaluation of step {step} is not saved: {_why(error)}")

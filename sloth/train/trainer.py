@@ -184,7 +184,7 @@ class Trainer:
             StopRequest() as stop,
             state.masters.collecting_gradients(),
         ):
-            self.saver = saver = Saver(output, log.notice, log.saved, newest=source)
+            self.saver = saver = Saver(output, log.notice, log.saved, source, log.sync)
             self.ranks.first(write_settings, self.config, output)
             self.ranks.first(log.start, self.config.plain())
             announce(log.notice, self, output, source, changed)
@@ -285,7 +285,7 @@ class Trainer:
     def _new_log(self, output: Path) -> RunLog:
         metrics = output / "metrics.jsonl" if self.ranks.is_first else None
         step, num_steps = self.progress.step, self.plan.num_steps
-        log = RunLog(metrics, step, num_steps, looks_again=self.progress.is_look_due)
+        log = RunLog(metrics, step, num_steps, before=self.progress)
         if not self.ranks.is_first:
             return log
         trackers = build_trackers(self.config.trackers, self.config.project, log.notice)

@@ -17,6 +17,8 @@ from sloth.quiet import QuietStream
 from sloth.train.log import RunLog
 from sloth.train.plot import BLOCKS, plot_losses, sparkline
 from sloth.train.records import EvalRecord, StepRecord
+from tests.train.fakes import ROWS
+from tests.train.runs import metrics, train
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -195,6 +197,35 @@ def test_metrics_are_strict_json_and_a_resume_drops_later_lines(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
     assert [row.get("loss") for row in rows] == [1.25, None, 9.0, 1.25, None]
     assert rows[1]["rows"] == [4] and rows[-1]["eval_loss"] == 0.75
+
+
+TEARS = {  # what is left of six lines, four steps' and a look's after every second; how many whole
+    "half a line": (lambda lines: [*lines[:2], lines[2][:20]], 2),
+    "no end of the last line": (lambda lines: [*lines[:5], lines[5][:-1]], 6),
+    "no look at the last step": (lambda lines: lines[:5], 5),
+    "nothing": (lambda lines: [], 0),
+    "a block of zeros": (lambda lines: [*lines[:4], "\0" * 50], 4),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_what_a_torn_log_lacks_of_the_steps_before_the_checkpoint_is_put_back(
+    tmp_path, capsys, tear
+):
+    """Their losses, which the checkpoint has; lines that are whole stay as they are."""
+    settings, (torn, num_whole) = {"eval_data": ROWS[:4], "eval_steps": 2}, TEARS[tear]
+    train(tmp_path / "straight", **settings)
+    train(tmp_path / "run", stop_after=4, **settings)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(torn(log.read_text().splitlines(keepends=True)[:6])))
+    train(tmp_path / "run", resume=True, **settings)
+    found, expected = metrics(tmp_path / "run"), metrics(tmp_path / "straight")
+    for row in expected[num_whole:6]:
+        known = "loss" if row["event"] == "step" else "eval_loss"
+        for name in row.keys() - {"event", "step", known}:
+            del row[name]
+    assert found == expected
+    assert ("metrics.jsonl is torn" in capsys.readouterr().out) == (num_whole < 6)
 
 
 def test_picture_has_both_curves_and_a_gap_where_a_loss_is_not_finite(tmp_path):

@@ -365,3 +365,24 @@ def test_deterministic_mode_on_a_gpu_needs_its_environment(monkeypatch):
     model.device = torch.device("cuda")
     with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"):
         Trainer(model, ROWS, deterministic=True)
+
+
+def test_a_power_cut_after_a_save_costs_the_log_no_line(tmp_path, monkeypatch):
+    """Of the log the disk then holds what was synced, and the checkpoint's steps are not redone."""
+    settings = {"eval_data": ROWS[:4], "eval_steps": 4, "save_steps": 2}
+    train(tmp_path / "straight", **settings)
+    synced, fsync = {}, os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for stop in (2, 4):  # after step 4 with what a look at it gave
+        output = tmp_path / f"stopped-{stop}"
+        train(output, stop_after=stop, **settings)
+        log = output / "metrics.jsonl"
+        os.truncate(log, synced.get(log.stat().st_ino, 0))
+        train(output, resume=True, **settings)
+        assert metrics(output) == metrics(tmp_path / "straight")

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,14 +33,19 @@ from torch import Tensor
 from sloth.errors import CheckpointMismatch
 from sloth.formats.tensor_file import write_tensors
 from sloth.train import publish
+from sloth.train.run_folder import (
+    checkpoint_name,
+    is_checkpoint,
+    is_unfinished,
+    is_weights,
+    step_of,
+    weights_name,
+)
 
 KEEP = 2
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
-# Whole names: what is merely called alike is somebody's.
-_STEP, _WEIGHTS = re.compile(r"step-(\d{6,})"), re.compile(r"weights-\d{6,}")
-_UNFINISHED = re.compile(r"(step|weights)-\d{6,}\.tmp-\d+")
 _MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
 
 
@@ -60,9 +64,9 @@ def write_checkpoint(
     folder it is given. Raises OSError (disk full, no permission), leaving earlier checkpoints as
     they were.
     """
-    final = run / folder_name(step)
+    final = run / checkpoint_name(step)
     _publish(final, tensors, state, add_files)
-    for rescued in _named(run, _WEIGHTS):
+    for rescued in _folders(run, is_weights):
         shutil.rmtree(rescued, ignore_errors=True)
     _prune(run, newest=final, best_step=best_step)
     return final
@@ -74,7 +78,7 @@ def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[s
     """
     final = run / weights_name(step)
     _publish(final, tensors, state, None)
-    for path in _named(run, _WEIGHTS):
+    for path in _folders(run, is_weights):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
     return final
@@ -145,7 +149,7 @@ def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, good or not."""
     if not run.is_dir():
         return []
-    return sorted(_named(run, _STEP), key=step_of, reverse=True)
+    return sorted(_folders(run, is_checkpoint), key=step_of, reverse=True)
 
 
 def newest_good(place: Path) -> Path | None:
@@ -154,7 +158,7 @@ def newest_good(place: Path) -> Path | None:
 
     Raises CheckpointMismatch when there are checkpoints and none verifies.
     """
-    candidates = [place] if _STEP.fullmatch(place.name) else checkpoints(place)
+    candidates = [place] if is_checkpoint(place) else checkpoints(place)
     for folder in candidates:
         if is_good(folder):
             return folder
@@ -194,7 +198,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for path in _named(run, _UNFINISHED):
+    for path in _folders(run, is_unfinished):
         shutil.rmtree(path, ignore_errors=True)
     publish.remove_unfinished(run)
 
@@ -241,23 +245,6 @@ def check_parameters(
         raise CheckpointMismatch(f"{source} is of another model: {'; '.join(wrong[:6])}")
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    match = _STEP.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
-
-
-def folder_name(step: int) -> str:
-    """The name of a step's checkpoint folder."""
-    return f"step-{step:06d}"
-
-
-def weights_name(step: int) -> str:
-    """The name of the folder for a step's weights alone."""
-    return f"weights-{step:06d}"
-
-
 def _prune(run: Path, newest: Path, best_step: int | None) -> None:
     """`newest` was hashed while it was written; an older one is read again before it counts."""
     good = 0
@@ -268,9 +255,8 @@ def _prune(run: Path, newest: Path, best_step: int | None) -> None:
             good += 1
 
 
-def _named(run: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Folders of a run by such a name."""
-    return [path for path in run.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
+def _folders(run: Path, is_one: Callable[[Path], bool]) -> list[Path]:
+    return [path for path in run.iterdir() if path.is_dir() and is_one(path)]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,6 +24,7 @@ import torch
 from sloth.errors import NonFiniteGradients, OutOfMemory, SaveFailed
 from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
+from sloth.train.run_folder import step_of, weights_name
 
 MIB = 2**20
 # Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what
@@ -103,7 +104,7 @@ class Saver:
 
     def save_look(self, step: int, progress: dict[str, Any]) -> None:
         """What was seen of the model of a step, into its checkpoint if the disk took that."""
-        if self.newest is None or checkpoint.step_of(self.newest) != step:
+        if self.newest is None or step_of(self.newest) != step:
             return
         try:
             checkpoint.write_looked(self.newest, progress)
@@ -118,9 +119,9 @@ class Saver:
 
     def holder_of(self, step: int) -> Path | None:
         """The checkpoint or the rescue that has the weights of a step, if there is one."""
-        if self.newest is not None and checkpoint.step_of(self.newest) == step:
+        if self.newest is not None and step_of(self.newest) == step:
             return self.newest
-        rescued = self.output / checkpoint.weights_name(step)
+        rescued = self.output / weights_name(step)
         return rescued if checkpoint.is_good(rescued) else None
 
     @contextmanager

@@ -37,6 +37,7 @@ from sloth.train.optim import (
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress
 from sloth.train.run import write_settings
+from sloth.train.run_folder import checkpoint_name, step_of
 from sloth.train.saving import Saver
 
 if TYPE_CHECKING:
@@ -225,9 +226,9 @@ class TrainState:
             notice(f"WARNING: load_best: {lost}; the weights of the last step are published")
             return None
         folder = Path(found)
-        if best is not None and checkpoint.step_of(folder) != best:
+        if best is not None and step_of(folder) != best:
             notice(
-                f"WARNING: load_best: {checkpoint.folder_name(best)}, with the lowest evaluation "
+                f"WARNING: load_best: {checkpoint_name(best)}, with the lowest evaluation "
                 f"loss, is not whole in {_named(places)}; the best of the others, {folder.name}, "
                 "is published"
             )
@@ -240,8 +241,8 @@ class TrainState:
         while (step := best_step(losses)) is not None:
             del losses[step]
             for place in places:
-                if checkpoint.is_good(place / checkpoint.folder_name(step)):
-                    return place / checkpoint.folder_name(step)
+                if checkpoint.is_good(place / checkpoint_name(step)):
+                    return place / checkpoint_name(step)
         return ""
 
     def _load_weights(self, source: Path) -> None:

@@ -34,7 +34,7 @@ from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
 from sloth.train.evaluate import best_step, encode_prompts
-from sloth.train.facts import FILE_NAME, RunFacts, Training
+from sloth.train.facts import RunFacts, Training
 from sloth.train.held_out import HeldOut
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
@@ -46,6 +46,7 @@ from sloth.train.publish import publish_weights
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import check_settings, planned_within, seeded, write_settings
+from sloth.train.run_folder import FACTS, METRICS, SETTINGS
 from sloth.train.saving import Saver
 from sloth.train.signals import StopRequest
 from sloth.train.state import Trainable, TrainState
@@ -283,7 +284,7 @@ class Trainer:
         return state
 
     def _new_log(self, output: Path) -> RunLog:
-        metrics = output / "metrics.jsonl" if self.ranks.is_first else None
+        metrics = output / METRICS if self.ranks.is_first else None
         step, num_steps = self.progress.step, self.plan.num_steps
         log = RunLog(metrics, step, num_steps, looks_again=self.progress.is_look_due)
         if not self.ranks.is_first:
@@ -371,9 +372,9 @@ class Trainer:
         progress, saver = self.progress, self.saver
         paths = {
             "output": output,
-            "config": output / "config.yaml",
-            "facts": output / FILE_NAME,
-            "metrics": output / "metrics.jsonl",
+            "config": output / SETTINGS,
+            "facts": output / FACTS,
+            "metrics": output / METRICS,
         }
         if self.config.load_best:
             places = [output, *([source.parent] if source else [])]

@@ -29,8 +29,8 @@ from torch.nn.functional import logsigmoid
 from sloth.data.batches import Batch, PairBatch
 from sloth.data.dataset import Dataset
 from sloth.data.examples import UNTRAINED
+from sloth.models.mode import evaluating
 from sloth.train.config import TrainConfig
-from sloth.train.evaluate import evaluating
 
 if TYPE_CHECKING:
     from sloth.train.state import Trainable

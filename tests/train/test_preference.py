@@ -10,8 +10,9 @@ import torch
 
 import sloth
 from sloth.data.batches import collate_pairs
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
 from sloth.errors import DataError
+from sloth.labels import IGNORE_INDEX
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig
 from sloth.train.objectives import DPO, ORPO, log_odds, objective_of, preference_losses
@@ -55,7 +56,7 @@ def pairs(count=3, seed=3):
 
     def example(prompt):
         answer = [number(4, 130) for _ in range(number(1, 9))]
-        return Example(prompt + answer, [UNTRAINED] * len(prompt) + answer)
+        return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
 
     prompts = [[number(4, 130) for _ in range(number(2, 9))] for _ in range(count)]
     return [(example(prompt), example(prompt)) for prompt in prompts]

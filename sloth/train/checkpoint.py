@@ -7,7 +7,7 @@ reading.
                         state.json              step, counts, losses, settings, data fingerprint
                         config.yaml, tokenizer  so that the folder explains itself
                         manifest.json           size and sha256 of each file, written last
-                        looked.json             progress after held-out rows were looked at, too
+                        looked.json             progress after the evaluation that followed
 
 A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
 pointer file to tear. A folder named `*.tmp-*` is an unfinished write and is removed at the next
@@ -46,7 +46,7 @@ KEEP = 2
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
-_MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
+_MANIFEST, _STATE, _EVALUATED = "manifest.json", "state.json", "looked.json"
 
 
 def write_checkpoint(
@@ -172,23 +172,23 @@ def newest_good(place: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a good checkpoint, with the progress of after the look that followed it."""
+    """state.json of a good checkpoint, with the progress of after the evaluation that followed."""
     state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     with suppress(OSError, ValueError, TypeError, KeyError):
-        looked = json.loads((folder / _LOOKED).read_text(encoding="utf-8"))
-        if looked["step"] == step_of(folder):
-            state["progress"] = looked
+        progress = json.loads((folder / _EVALUATED).read_text(encoding="utf-8"))
+        if progress["step"] == step_of(folder):
+            state["progress"] = progress
     return state
 
 
-def write_looked(folder: Path, progress: dict[str, Any]) -> None:
-    """Add what was seen after the checkpoint was written, whole or not at all: without it, a
-    resumed run looks again. Raises OSError.
+def write_evaluation(folder: Path, progress: dict[str, Any]) -> None:
+    """Add the progress after the evaluation that followed, whole or not at all: without it, a
+    resumed run evaluates again. Raises OSError.
     """
-    partial = folder / f"{_LOOKED}.tmp"
+    partial = folder / f"{_EVALUATED}.tmp"
     partial.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
     _sync(partial)
-    os.replace(partial, folder / _LOOKED)
+    os.replace(partial, folder / _EVALUATED)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

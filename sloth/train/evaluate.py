@@ -6,10 +6,10 @@
 Needs no more memory than training: no gradients, so no activations are kept; the loss is the
 training's own, which holds no logits; and a pass reads no more padded tokens than training's
 largest. Rows go longest first, so a pass that does not fit shows at once and is halved. Dropout is
-off and no random number is drawn: training goes on as if nobody had looked. What is measured is the
-model that will be saved: products in 8 bits, an approximation of training, are left out. Their
-blocks then run as the model's file writes them, each MLP whole: where training takes it in tiles,
-long contexts in little memory, it is here that a pass may not fit.
+off and no random number is drawn: training goes on as if there had been no evaluation. What is
+measured is the model that will be saved: products in 8 bits, an approximation of training, are left
+out. Their blocks then run as the model's file writes them, each MLP whole: where training takes it
+in tiles, long contexts in little memory, it is here that a pass may not fit.
 """
 
 from __future__ import annotations

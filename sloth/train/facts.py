@@ -109,7 +109,7 @@ class Training:
         return cls(
             facts,
             progress.losses,
-            progress.held_out,
+            progress.eval_losses_by_step,
             progress.tokens,
             progress.trained_tokens,
             progress.seconds,

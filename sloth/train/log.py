@@ -55,7 +55,7 @@ class RunLog:
         num_steps: int,
         console: Console | None = None,
         callbacks: Sequence[Callback] = (),
-        looks_again: bool = False,
+        evaluates_again: bool = False,
     ) -> None:
         stdout: Any = QuietStream(sys.stdout)
         self.console = console or Console(file=stdout, soft_wrap=True, quiet=metrics is None)
@@ -63,7 +63,7 @@ class RunLog:
         self._redactor = Redactor()
         self.first_step, self.num_steps = first_step, num_steps
         self._every = max(1, num_steps // MAX_PLAIN_LINES)
-        self._metrics, self._looks_again = metrics, looks_again
+        self._metrics, self._evaluates_again = metrics, evaluates_again
         self._file: FileIO | None = None
         self._pending, self._is_behind = b"", False  # lines that the disk did not take yet
         self._progress: Progress | None = None
@@ -75,7 +75,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
         if self._metrics is not None:
-            kept_bytes = _bytes_until(self._metrics, self.first_step, not self._looks_again)
+            kept_bytes = _bytes_until(self._metrics, self.first_step, not self._evaluates_again)
             self._file = self._metrics.open("ab", buffering=0)
             self._file.truncate(kept_bytes)
         self._began = time.monotonic()
@@ -250,7 +250,7 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
+def _bytes_until(metrics: Path, last_step: int, with_eval: bool) -> int:
     """Length of the lines up to a step, with its evaluation or without; a killed process may have
     cut the last one.
     """
@@ -260,8 +260,8 @@ def _bytes_until(metrics: Path, last_step: int, with_look: bool) -> int:
     for line in metrics.read_bytes().splitlines(keepends=True):
         try:
             told = json.loads(line)
-            is_look = told["step"] == last_step and told.get("event") == "eval"
-            if told["step"] > last_step or (is_look and not with_look):
+            is_last_eval = told["step"] == last_step and told.get("event") == "eval"
+            if told["step"] > last_step or (is_last_eval and not with_eval):
                 break
         except (ValueError, KeyError, TypeError):
             break

@@ -102,12 +102,12 @@ class Saver:
         self._on_saved(step, self.newest)
         return self.newest
 
-    def save_look(self, step: int, progress: dict[str, Any]) -> None:
-        """What was seen of the model of a step, into its checkpoint if the disk took that."""
+    def save_evaluation(self, step: int, progress: dict[str, Any]) -> None:
+        """The progress after a step was evaluated, into its checkpoint if the disk took that."""
         if self.newest is None or step_of(self.newest) != step:
             return
         try:
-            checkpoint.write_looked(self.newest, progress)
+            checkpoint.write_evaluation(self.newest, progress)
         except OSError as error:
             self.notice(f"WARNING: the evaluation of step {step} is not saved: {_why(error)}")
 

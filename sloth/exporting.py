@@ -38,6 +38,7 @@ from sloth.lora import (
     peft_targets,
     projections,
 )
+from sloth.models.mode import evaluating
 from sloth.quant.bnb import bnb_quantization_config, bnb_tensors
 from sloth.quant.nf4 import quantize_nf4
 from sloth.redact import Redactor
@@ -241,11 +242,8 @@ def probe_logits(network: Any, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = network.config.vocab_size
     tokens = torch.randint(vocabulary, (1, min(PROBE_TOKENS, vocabulary)), generator=generator)
-    was_training = network.training
-    network.eval()
-    with network.as_stored():
-        logits = network(tokens.to(device)).float()
-    network.train(was_training)
+    with evaluating(network), network.as_stored():
+        logits: Tensor = network(tokens.to(device)).float()
     return logits
 
 

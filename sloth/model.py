@@ -281,10 +281,18 @@ class Model:
         return self._planner.plan(batch, seq)
 
     def train(self, data: Any, config: TrainConfig | None = None, **overrides: Any) -> TrainReport:
-        """Train on `data` (a JSONL path, rows, or an iterator); the settings are a TrainConfig's.
+        """Train on `data`; the settings are a TrainConfig's.
 
-        An NF4 model without an adapter gets `LoraConfig()`. Raises DataError, OutputExists,
-        NonFiniteGradients.
+        data: a file (JSONL, JSON, CSV, TSV, TXT, Parquet), a folder with train.* and valid.*,
+        hf://datasets/owner/name, or rows: a list, an iterator, a `datasets.Dataset`, a DataFrame,
+        an arrow Table, a mapping of splits. An NF4 model without an adapter gets the settings'
+        `lora`, or `LoraConfig()`.
+
+        Raises, before the first step, ValueError for settings that cannot be or take no effect,
+        DataError, TokenizerMissing, AdapterMismatch, NoTargets, BudgetTooSmall, OutputExists,
+        CheckpointMismatch and SaveFailed for a disk without room; later NonFiniteGradients,
+        OutOfMemory, SaveFailed, Interrupted after SIGINT or SIGTERM, and RankFailed where another
+        process failed.
         """
         from sloth.train.trainer import Trainer
 

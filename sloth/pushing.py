@@ -16,13 +16,12 @@ from sloth import __version__, exporting
 from sloth.errors import UnknownModel, UploadFailed
 from sloth.formats.hub import is_repo_id
 from sloth.redact import Redactor
+from sloth.train.run_folder import published_in
 
 if TYPE_CHECKING:
     from sloth.model import Model
 
 _TOKENS = "https://huggingface.co/settings/tokens"
-# What a run's folder holds of what it trained.
-_TRAINED = ("adapter", "model")
 _SUFFIXES = {".json", ".safetensors", ".md", ".svg", ".png", ".jinja"}
 _NAMES = {"tokenizer.model", "vocab.txt", "merges.txt", "LICENSE", "LICENSE.txt", "NOTICE"}
 
@@ -62,7 +61,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool, message: str | Non
     Raises UnknownModel, ValueError, UploadFailed.
     """
     _require_name(repo_id)
-    inner = next((folder / name for name in _TRAINED if (folder / name).is_dir()), folder)
+    inner = next(iter(published_in(folder)), folder)
     is_adapter = (inner / "adapter_config.json").is_file()
     if not is_adapter and not (inner / "config.json").is_file():
         raise UnknownModel(

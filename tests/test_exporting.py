@@ -148,6 +148,14 @@ def test_a_damaged_export_is_noticed_and_not_published(folder, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_probe_that_fails_leaves_the_network_in_training_mode(folder, monkeypatch):
+    network = sloth.load(folder, device="cpu").network.train()
+    monkeypatch.setattr(network, "forward", lambda tokens: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exporting.probe_logits(network, torch.device("cpu"))
+    assert all(module.training for module in network.modules())
+
+
 def test_a_fully_trained_model_is_saved_as_trained(folder, tmp_path):
     model = randomised(sloth.load(folder, device="cpu"))
     model.save_merged(tmp_path / "merged")

@@ -13,6 +13,7 @@ import tyro
 from sloth.commands.base import parse, show
 from sloth.train.history import RunHistory, find_runs, mean
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
+from sloth.train.run_folder import METRICS
 
 WIDTH = 60
 COMPARED_ROWS = 10
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     runs = find_runs(parsed.folder)
     if not runs:
-        raise ValueError(f"no runs in {parsed.folder} (folders with a metrics.jsonl)")
+        raise ValueError(f"no runs in {parsed.folder} (folders with a {METRICS})")
     now = time.time()
     rows = [("run", "model", "steps", "last loss", "best loss", "status")]
     for held in runs:
@@ -80,7 +81,7 @@ def compared(first: RunHistory, second: RunHistory) -> list[str]:
 
 def _find(folder: Path, name: str) -> RunHistory:
     for place in (folder / name, Path(name)):
-        if (place / "metrics.jsonl").is_file():
+        if (place / METRICS).is_file():
             return RunHistory.read(place)
     known = ", ".join(run.name for run in find_runs(folder)) or "none"
     raise ValueError(f"{name!r} is no run in {folder}, and no folder of one; there: {known}")

@@ -23,7 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
+from sloth.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _laid_out(rows: Sequence[Sequence[Example]], pad_id: int, positions: Tensor 
     lengths = [sum(len(example.tokens) for example in row) for row in rows]
     shape = len(rows), max(lengths)
     tokens = torch.full(shape, pad_id, dtype=torch.long)
-    labels = torch.full(shape, UNTRAINED, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
     for index, row in enumerate(rows):
         at = 0
         for example in row:

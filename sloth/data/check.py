@@ -6,8 +6,7 @@ counts are those of the run, and what training would refuse is refused here with
     time of an epoch = tokens * 4 N / (0.7 F)
 
 N: parameters; 4 N: operations a token of a LoRA step, forward and to the inputs; F: what one large
-matrix product reaches on this machine. An H200 at 8 billion parameters trains 16.2k tokens a second
-(benchmarks/results/h200.md), the formula says 15 to 16k; take it for the order of magnitude.
+matrix product reaches on this machine. Take it for the order of magnitude.
 """
 
 from __future__ import annotations

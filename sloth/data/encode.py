@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
 from sloth.data.masks import Conversation, MaskDisagreement, Rendering, Span, TemplateShapes
 from sloth.data.preference import PREFERENCE, read_pair
 from sloth.data.row_fields import KNOWN_ROLES
@@ -42,6 +42,7 @@ from sloth.data.settings import TrainOn
 from sloth.data.sources import Malformed, Placed
 from sloth.data.tool_calls import are_written, require_calls_written
 from sloth.errors import DataError, TokenizerMissing
+from sloth.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -250,7 +251,7 @@ class RowEncoder:
             ids = [*ids, eos]
         if self.train_on == "everything":
             return Example(ids, list(ids))
-        return Example(ids, [UNTRAINED] * len(before) + ids[len(before) :])
+        return Example(ids, [IGNORE_INDEX] * len(before) + ids[len(before) :])
 
     def _opened(self, bare: list[int]) -> list[int]:
         """With what the tokenizer puts before a text, once."""
@@ -267,7 +268,7 @@ class RowEncoder:
         examples: list[Example] = []
         turns, unstopped, double = 0, 0, False
         for (ids, offsets), spans, text in zip(encodings, row.spans, row.texts, strict=True):
-            labels = [UNTRAINED] * len(ids)
+            labels = [IGNORE_INDEX] * len(ids)
             starts = [start for start, _ in offsets]
             for start, end in spans:
                 first = bisect_left(starts, start)

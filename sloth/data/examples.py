@@ -25,8 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sloth.formats.tensor_file import write_tensors
-
-UNTRAINED = -100
+from sloth.labels import IGNORE_INDEX
 
 SHARD_TOKENS = 2**24  # 80 MiB of tokens and marks: the most that preparing a file holds at once
 
@@ -44,7 +43,7 @@ class Example:
     @property
     def num_trained(self) -> int:
         """Labels that the loss sees; the first token is never a target."""
-        return sum(label != UNTRAINED for label in self.labels[1:])
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class Examples(Sequence[Example]):
@@ -94,7 +93,9 @@ class Examples(Sequence[Example]):
         first, last = int(shard["ends"][at - 1]) if at else 0, int(shard["ends"][at])
         tokens = shard["tokens"][first:last].tolist()
         marks = shard["trained"][first:last].tolist()
-        labels = [token if mark else UNTRAINED for token, mark in zip(tokens, marks, strict=True)]
+        labels = [
+            token if mark else IGNORE_INDEX for token, mark in zip(tokens, marks, strict=True)
+        ]
         return Example(tokens, labels)
 
     def __iter__(self) -> Iterator[Example]:
@@ -129,7 +130,7 @@ class ExamplesWriter:
     def add(self, example: Example, begins_row: bool = True) -> None:
         """Append one. begins_row: whether it is the first of what its row became."""
         tokens = array("i", example.tokens)
-        marks = bytes(label != UNTRAINED for label in example.labels)
+        marks = bytes(label != IGNORE_INDEX for label in example.labels)
         self._digest.update(len(tokens).to_bytes(8, "little"))
         self._digest.update(tokens)
         self._digest.update(marks)

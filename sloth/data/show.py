@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from sloth.data.dataset import Dataset
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
+from sloth.labels import IGNORE_INDEX
 from sloth.redact import Redactor
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def describe_row(example: Example, tokenizer: Tokenizer) -> Text:
     `.plain` is the string.
     """
     text = Text()
-    pairs = list(zip(example.tokens, [UNTRAINED, *example.labels[1:]], strict=True))
-    for trained, run in groupby(pairs, key=lambda pair: pair[1] != UNTRAINED):
+    pairs = list(zip(example.tokens, [IGNORE_INDEX, *example.labels[1:]], strict=True))
+    for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
         piece = piece.translate(_CONTROL)
         room = SHOWN_CHARACTERS - len(text)

@@ -21,6 +21,16 @@ import warnings
 from typing import Any
 
 from sloth.errors import CheckpointMismatch, UnsupportedConfig
+from sloth.text.tokenizer_json import (
+    added_token,
+    bpe,
+    byte_level,
+    merges_of,
+    pre_tokenizer,
+    split,
+    split_into_bytes,
+    template,
+)
 
 SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -41,49 +51,24 @@ _GPT4O = (
     + _REST
 )
 
-
-def _split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_GPT2_STEPS = [_byte_level(use_regex=True)]
-_SMOLLM_STEPS = [_DIGITS, _byte_level(use_regex=True)]
+_GPT2_STEPS = [byte_level(use_regex=True)]
+_SMOLLM_STEPS = [_DIGITS, byte_level(use_regex=True)]
 _DEFAULT_STEPS = [
-    _split(r"[\p{P}\$\+<=>\^~\|]+"),
-    _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
-    _split(r"\p{N}+"),
-    _split("[0-9][0-9][0-9]"),
-    _byte_level(use_regex=False),
+    split(r"[\p{P}\$\+<=>\^~\|]+"),
+    split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
+    split(r"\p{N}+"),
+    split("[0-9][0-9][0-9]"),
+    byte_level(use_regex=False),
 ]
 _DEEPSEEK_CODER_STEPS = [
-    _split("[\r\n]"),
-    _split(r"\s?\p{L}+"),
-    _split(r"\s?\p{P}+"),
-    _split("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
+    split("[\r\n]"),
+    split(r"\s?\p{L}+"),
+    split(r"\s?\p{P}+"),
+    split("[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"),
     _DIGITS,
-    _byte_level(use_regex=False),
+    byte_level(use_regex=False),
 ]
-
-
-def _one_split(pattern: str) -> list[dict[str, Any]]:
-    return [_split(pattern), _byte_level(use_regex=False)]
-
-
 # name in tokenizer.ggml.pre -> steps of the pre-tokenizer
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "default": _DEFAULT_STEPS,
@@ -92,17 +77,17 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "starcoder": _SMOLLM_STEPS,
     "refact": _SMOLLM_STEPS,
     "command-r": _SMOLLM_STEPS,
-    "llama-bpe": _one_split(_LLAMA3),
-    "llama3": _one_split(_LLAMA3),
-    "llama-v3": _one_split(_LLAMA3),
-    "falcon3": _one_split(_LLAMA3),
-    "pixtral": _one_split(_LLAMA3),
-    "smaug-bpe": _one_split(_LLAMA3),
-    "qwen2": _one_split(_QWEN2),
-    "deepseek-r1-qwen": _one_split(_QWEN2),
-    "tekken": _one_split(_TEKKEN),
-    "gpt-4o": _one_split(_GPT4O),
-    "llama4": _one_split(_GPT4O),
+    "llama-bpe": split_into_bytes(_LLAMA3),
+    "llama3": split_into_bytes(_LLAMA3),
+    "llama-v3": split_into_bytes(_LLAMA3),
+    "falcon3": split_into_bytes(_LLAMA3),
+    "pixtral": split_into_bytes(_LLAMA3),
+    "smaug-bpe": split_into_bytes(_LLAMA3),
+    "qwen2": split_into_bytes(_QWEN2),
+    "deepseek-r1-qwen": split_into_bytes(_QWEN2),
+    "tekken": split_into_bytes(_TEKKEN),
+    "gpt-4o": split_into_bytes(_GPT4O),
+    "llama4": split_into_bytes(_GPT4O),
     "deepseek-coder": _DEEPSEEK_CODER_STEPS,
 }
 # A word that is itself a token is not split and merged again; a text begins with bos unless the
@@ -131,10 +116,11 @@ def rebuild_tokenizer(metadata: dict[str, Any]) -> dict[str, str]:
         raise CheckpointMismatch(
             f"the GGUF file has {len(tokens)} tokens and {len(types)} token types"
         )
+    vocab = {token: index for index, token in enumerate(tokens)}
     if kind == "gpt2":
-        parts, begins_with_bos = _byte_level_bpe(metadata, tokens)
+        parts, begins_with_bos = _byte_level_bpe(metadata, vocab)
     else:
-        parts, begins_with_bos = _sentencepiece_bpe(metadata, tokens, types), True
+        parts, begins_with_bos = _sentencepiece_bpe(metadata, vocab, types), True
     special = _special_tokens(metadata, tokens)
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", begins_with_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
@@ -145,7 +131,7 @@ def rebuild_tokenizer(metadata: dict[str, Any]) -> dict[str, str]:
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(tokens, types),
-        "post_processor": _template(before, after, tokens),
+        "post_processor": template(before, after, vocab),
         **parts,
     }
     config = {
@@ -165,7 +151,7 @@ def rebuild_tokenizer(metadata: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> tuple[dict[str, Any], bool]:
+def _byte_level_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> tuple[dict[str, Any], bool]:
     """tokenizer.json without its added tokens and post-processor; whether texts begin with bos."""
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
@@ -184,19 +170,19 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> tuple[dict[s
     bad = next((merge for merge in merges if len(merge) != 2), None)
     if bad is not None:
         raise CheckpointMismatch(f"the GGUF merge {' '.join(bad)!r} is no pair")
-    model = _bpe(tokens, merges) | {"ignore_merges": name in IGNORE_MERGES}
     parts = {
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]},
-        "decoder": _byte_level(use_regex=True),
-        "model": model,
+        "pre_tokenizer": pre_tokenizer(PRE_TOKENIZERS[name]),
+        "decoder": byte_level(use_regex=True),
+        "model": bpe(vocab, merges, ignore_merges=name in IGNORE_MERGES),
     }
     return parts, name in _BEGINS_WITH_BOS
 
 
 def _sentencepiece_bpe(
-    metadata: dict[str, Any], tokens: list[str], types: list[int]
+    metadata: dict[str, Any], vocab: dict[str, int], types: list[int]
 ) -> dict[str, Any]:
+    tokens = list(vocab)
     scores = metadata.get("tokenizer.ggml.scores", [])
     pieces = [index for index, token in enumerate(tokens) if _is_piece(token, types[index])]
     if len(scores) != len(tokens) or len({scores[index] for index in pieces}) < 2:
@@ -209,7 +195,7 @@ def _sentencepiece_bpe(
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    model = _bpe(tokens, _merges_by_score(tokens, pieces, scores))
+    merges = _merges_by_score(tokens, pieces, scores)
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
         "pre_tokenizer": None,
@@ -222,7 +208,7 @@ def _sentencepiece_bpe(
                 *strip,
             ],
         },
-        "model": model | {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True},
+        "model": bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
 
 
@@ -233,72 +219,19 @@ def _is_piece(token: str, kind: int) -> bool:
 
 def _merges_by_score(tokens: list[str], pieces: list[int], scores: list[float]) -> list[list[str]]:
     """Every split of every piece in two pieces, best score first."""
+    best_first = sorted(pieces, key=lambda index: (-scores[index], index))
     ids = {tokens[index]: index for index in pieces}
-    merges: list[list[str]] = []
-    for index in sorted(pieces, key=lambda index: (-scores[index], index)):
-        piece = tokens[index]
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
-        merges += [
-            list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        ]
-    return merges
-
-
-def _bpe(tokens: list[str], merges: list[list[str]]) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": {token: index for index, token in enumerate(tokens)},
-        "merges": merges,
-    }
+    return merges_of((tokens[index] for index in best_first), ids)
 
 
 def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
     """Tokens found in the text before anything else: control tokens and user-defined ones."""
     return [
-        {
-            "id": index,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": types[index] != _USER_DEFINED,
-        }
+        added_token(index, token, special=types[index] != _USER_DEFINED)
         for index, token in enumerate(tokens)
         if types[index] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         and not _is_piece(token, types[index])
     ]
-
-
-def _template(before: str | None, after: str | None, tokens: list[str]) -> dict[str, Any] | None:
-    """Post-processor that puts bos before and eos after a text."""
-    if before is None and after is None:
-        return None
-    special = [token for token in (before, after) if token is not None]
-
-    def item(token: str) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": 0}}
-
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    single = [*([item(before)] if before else []), text, *([item(after)] if after else [])]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": pair,
-        "special_tokens": {
-            token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]}
-            for token in special
-        },
-    }
 
 
 def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ count from the first real token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +72,16 @@ def generate_tokens(
         if following is None:
             following = start_decoding(network, cache, positions[:, -1:] + 1)
         logits = following(chosen[:, None])
+
+
+def collect_tokens(steps: Iterable[Sequence[int | None]], num_rows: int) -> list[list[int]]:
+    """The new tokens of each row, from the steps of `generate_tokens`."""
+    answers: list[list[int]] = [[] for _ in range(num_rows)]
+    for step in steps:
+        for answer, token in zip(answers, step, strict=True):
+            if token is not None:
+                answer.append(token)
+    return answers
 
 
 def _left_padded(

@@ -6,15 +6,16 @@ through the chat template, whose text already holds them. Only new text comes ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sloth.errors import TokenizerMissing
-from sloth.infer.generate import dequantised_while_generating, generate_tokens
+from sloth.infer.generate import collect_tokens, dequantised_while_generating, generate_tokens
 from sloth.kernels.dispatch import ops_of
 from sloth.lora import adapters_held
 from sloth.models.decoder import Decoder
+from sloth.models.mode import evaluating
 from sloth.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -51,24 +52,12 @@ def generate_text(
 ) -> list[str]:
     """One answer per prompt, decoded as one batch. `stop` texts end an answer and are cut off."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-
-    def is_done(row: int, new_ids: list[int]) -> bool:
-        text = tokenizer.decode(new_ids)
-        return any(mark in text for mark in stop)
-
+    is_done = _holds_any(stop, tokenizer)
     with ready_to_generate(network, rows=len(ids)):
-        for step in generate_tokens(
-            network,
-            ids,
-            max_new_tokens,
-            tokenizer.stop_ids,
-            temperature,
-            is_done if stop else None,
-        ):
-            for row, token in enumerate(step):
-                if token is not None:
-                    answers[row].append(token)
+        steps = generate_tokens(
+            network, ids, max_new_tokens, tokenizer.stop_ids, temperature, is_done
+        )
+        answers = collect_tokens(steps, len(ids))
     return [_cut(tokenizer.decode(answer), stop) for answer in answers]
 
 
@@ -82,32 +71,35 @@ def stream_text(
 ) -> Iterator[str]:
     """The same answer in pieces as they come. Text that may begin a stop text is held back."""
     ids: list[int] = []
-    shown = 0
-    done = False
+    shown, text = 0, ""
+    is_done = _holds_any(stop, tokenizer)
+    with ready_to_generate(network, rows=1):
+        prompts = [encode_prompt(tokenizer, prompt)]
+        for (token,) in generate_tokens(
+            network, prompts, max_new_tokens, tokenizer.stop_ids, temperature, is_done
+        ):
+            if token is None:  # the end: what was held back is to come
+                break
+            ids.append(token)
+            text = _cut(tokenizer.decode(ids), stop)
+            ready = len(text) - _held_back(text, stop)
+            if ready > shown:
+                yield text[shown:ready]
+                shown = ready
+        if text[shown:]:
+            yield text[shown:]
+
+
+def _holds_any(
+    stop: Sequence[str], tokenizer: Tokenizer
+) -> Callable[[int, list[int]], bool] | None:
+    """Whether a row's new tokens hold a stop text, for `generate_tokens`; None without any."""
 
     def is_done(row: int, new_ids: list[int]) -> bool:
-        return any(mark in tokenizer.decode(new_ids) for mark in stop)
+        text = tokenizer.decode(new_ids)
+        return any(mark in text for mark in stop)
 
-    with ready_to_generate(network, rows=1):
-        for (token,) in generate_tokens(
-            network,
-            [encode_prompt(tokenizer, prompt)],
-            max_new_tokens,
-            tokenizer.stop_ids,
-            temperature,
-            is_done if stop else None,
-        ):
-            done = token is None
-            if token is not None:
-                ids.append(token)
-            text = _cut(tokenizer.decode(ids), stop)
-            ready = text if done else text[: len(text) - _held_back(text, stop)]
-            if len(ready) > shown:
-                yield ready[shown:]
-                shown = len(ready)
-        rest = _cut(tokenizer.decode(ids), stop)[shown:]
-        if rest:
-            yield rest
+    return is_done if stop else None
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
@@ -127,13 +119,12 @@ def _held_back(text: str, stop: Sequence[str]) -> int:
 def ready_to_generate(network: Decoder, rows: int) -> Iterator[None]:
     """Inside, dropout is off, adapters are held and weights dequantised where that many rows at a
     time ask for it; what was before comes back after."""
-    was_training = network.training
-    network.eval()
-    try:
-        dtype = network.model.embed_tokens.weight.dtype
-        # The reference computes an adapter in the dtype of its factors.
-        rounded = None if network.model.norm.ops is ops_of("reference") else dtype
-        with adapters_held(network, rounded), dequantised_while_generating(network, dtype, rows):
-            yield
-    finally:
-        network.train(was_training)
+    dtype = network.model.embed_tokens.weight.dtype
+    # The reference computes an adapter in the dtype of its factors.
+    rounded = None if network.model.norm.ops is ops_of("reference") else dtype
+    with (
+        evaluating(network),
+        adapters_held(network, rounded),
+        dequantised_while_generating(network, dtype, rows),
+    ):
+        yield

@@ -23,9 +23,10 @@ from sloth.kernels.engine import engine_for
 from sloth.kernels.fp8 import BaseCompute
 from sloth.kernels.layer import Workspace
 from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds, index_bounds
-from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES, IGNORED, TrainedRows
+from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES, TrainedRows
 from sloth.kernels.ops.lora_linear import row_gains
 from sloth.kernels.recording import Recorder
+from sloth.labels import IGNORE_INDEX
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
@@ -237,10 +238,10 @@ class Decoder(OpModule):
 
     def _targets(self, labels: Tensor, positions: Tensor | None) -> Tensor:
         """What each of the B T positions predicts; -100 for nothing."""
-        targets = nn.functional.pad(labels.to(self.device)[:, 1:], (0, 1), value=IGNORED)
+        targets = nn.functional.pad(labels.to(self.device)[:, 1:], (0, 1), value=IGNORE_INDEX)
         if positions is not None:
             starts = torch.as_tensor(positions, device=self.device).expand_as(labels) == 0
-            targets[:, :-1].masked_fill_(starts[:, 1:], IGNORED)
+            targets[:, :-1].masked_fill_(starts[:, 1:], IGNORE_INDEX)
         return targets.flatten()
 
     def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sloth.kernels.ops.linear_cross_entropy import IGNORED
+from sloth.labels import IGNORE_INDEX
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
@@ -33,7 +33,7 @@ def check_labels(labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
             f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
         )
     if labels.device.type == "cpu":
-        _check_ids("labels", labels[labels != IGNORED], vocab_size)
+        _check_ids("labels", labels[labels != IGNORE_INDEX], vocab_size)
 
 
 def check_positions(positions: Tensor | None, tokens: Tensor) -> None:

@@ -21,6 +21,15 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from sloth.errors import UnsupportedConfig
+from sloth.text.tokenizer_json import (
+    added_token,
+    bpe,
+    byte_level,
+    merges_of,
+    pre_tokenizer,
+    split_into_bytes,
+    template,
+)
 
 BOS = "<s>"
 # What tokenizer_config.json would say.
@@ -48,37 +57,16 @@ def tokenizer_json_of_tekken(content: dict[str, Any]) -> dict[str, Any]:
     if BOS not in (token["content"] for token in special):
         raise UnsupportedConfig(f"tekken.json has no special token {BOS}")
     vocab = {token["content"]: token["id"] for token in special}
-    vocab |= {word: num_special + rank for rank, word in enumerate(words)}
+    ranks = {word: rank for rank, word in enumerate(words)}
+    vocab |= {word: num_special + rank for word, rank in ranks.items()}
     return {
         "version": "1.0",
         "added_tokens": special,
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                _byte_level(use_regex=False),
-            ],
-        },
-        "post_processor": _begin_with_bos(vocab[BOS]),
-        "decoder": _byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": vocab,
-            "merges": _merges(words),
-        },
+        "pre_tokenizer": pre_tokenizer(split_into_bytes(pattern)),
+        "post_processor": template(BOS, None, vocab),
+        "decoder": byte_level(use_regex=True),
+        "model": bpe(vocab, merges_of(words, ranks), ignore_merges=True),
     }
 
 
@@ -104,16 +92,6 @@ def _byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def _merges(words: list[str]) -> list[list[str]]:
-    ranks = {word: rank for rank, word in enumerate(words)}
-    merges: list[list[str]] = []
-    for word in words:
-        splits = [(word[:cut], word[cut:]) for cut in range(1, len(word))]
-        known = [pair for pair in splits if pair[0] in ranks and pair[1] in ranks]
-        merges += sorted(map(list, known), key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return merges
-
-
 def _special(entries: list[dict[str, Any]] | None, count: int) -> list[dict[str, Any]]:
     """added_tokens; ids that have no name get one that no text has."""
     if entries is None:
@@ -126,26 +104,5 @@ def _special(entries: list[dict[str, Any]] | None, count: int) -> list[dict[str,
     found = []
     for rank in range(count):
         name, is_control = named.get(rank, (f"<SPECIAL_{rank}>", True))
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        found.append({"id": rank, "content": name, "special": is_control, **flags})
+        found.append(added_token(rank, name, special=is_control))
     return found
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def _begin_with_bos(index: int) -> dict[str, Any]:
-    bos = {"SpecialToken": {"id": BOS, "type_id": 0}}
-    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, text],
-        "pair": [bos, text, second],
-        "special_tokens": {BOS: {"id": BOS, "ids": [index], "tokens": [BOS]}},
-    }

@@ -135,8 +135,8 @@ def _loss_table(losses: list[float], eval_losses: Mapping[int, float]) -> str:
     last = len(losses)
     count = min(last, MAX_LOSS_ROWS)
     steps = {1 + round(i * (last - 1) / max(count - 1, 1)) for i in range(count)}
-    looked_at = sorted(eval_losses)
-    steps |= set(looked_at[:: -(-len(looked_at) // MAX_LOSS_ROWS) or 1])
+    evaluated = sorted(eval_losses)
+    steps |= set(evaluated[:: -(-len(evaluated) // MAX_LOSS_ROWS) or 1])
     header = ("step", "loss", "held-out loss") if eval_losses else ("step", "loss")
     rows = [
         (

@@ -7,7 +7,7 @@ reading.
                         state.json              step, counts, losses, settings, data fingerprint
                         config.yaml, tokenizer  so that the folder explains itself
                         manifest.json           size and sha256 of each file, written last
-                        looked.json             progress after held-out rows were looked at, too
+                        looked.json             progress after the evaluation that followed
 
 A folder counts when its manifest verifies; the newest that does is resumed from, so there is no
 pointer file to tear. A folder named `*.tmp-*` is an unfinished write and is removed at the next
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,15 +33,20 @@ from torch import Tensor
 from sloth.errors import CheckpointMismatch
 from sloth.formats.tensor_file import write_tensors
 from sloth.train import publish
+from sloth.train.run_folder import (
+    checkpoint_name,
+    is_checkpoint,
+    is_unfinished,
+    is_weights,
+    step_of,
+    weights_name,
+)
 
 KEEP = 2
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
 
-# Whole names: what is merely called alike is somebody's.
-_STEP, _WEIGHTS = re.compile(r"step-(\d{6,})"), re.compile(r"weights-\d{6,}")
-_UNFINISHED = re.compile(r"(step|weights)-\d{6,}\.tmp-\d+")
-_MANIFEST, _STATE, _LOOKED = "manifest.json", "state.json", "looked.json"
+_MANIFEST, _STATE, _EVALUATED = "manifest.json", "state.json", "looked.json"
 
 
 def write_checkpoint(
@@ -60,9 +64,9 @@ def write_checkpoint(
     folder it is given. Raises OSError (disk full, no permission), leaving earlier checkpoints as
     they were.
     """
-    final = run / folder_name(step)
+    final = run / checkpoint_name(step)
     _publish(final, tensors, state, add_files)
-    for rescued in _named(run, _WEIGHTS):
+    for rescued in _folders(run, is_weights):
         shutil.rmtree(rescued, ignore_errors=True)
     _prune(run, newest=final, best_step=best_step)
     return final
@@ -74,7 +78,7 @@ def write_weights_only(run: Path, step: int, tensors: TensorFiles, state: dict[s
     """
     final = run / weights_name(step)
     _publish(final, tensors, state, None)
-    for path in _named(run, _WEIGHTS):
+    for path in _folders(run, is_weights):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
     return final
@@ -145,7 +149,7 @@ def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, good or not."""
     if not run.is_dir():
         return []
-    return sorted(_named(run, _STEP), key=step_of, reverse=True)
+    return sorted(_folders(run, is_checkpoint), key=step_of, reverse=True)
 
 
 def newest_good(place: Path) -> Path | None:
@@ -154,7 +158,7 @@ def newest_good(place: Path) -> Path | None:
 
     Raises CheckpointMismatch when there are checkpoints and none verifies.
     """
-    candidates = [place] if _STEP.fullmatch(place.name) else checkpoints(place)
+    candidates = [place] if is_checkpoint(place) else checkpoints(place)
     for folder in candidates:
         if is_good(folder):
             return folder
@@ -168,23 +172,23 @@ def newest_good(place: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a good checkpoint, with the progress of after the look that followed it."""
+    """state.json of a good checkpoint, with the progress of after the evaluation that followed."""
     state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     with suppress(OSError, ValueError, TypeError, KeyError):
-        looked = json.loads((folder / _LOOKED).read_text(encoding="utf-8"))
-        if looked["step"] == step_of(folder):
-            state["progress"] = looked
+        progress = json.loads((folder / _EVALUATED).read_text(encoding="utf-8"))
+        if progress["step"] == step_of(folder):
+            state["progress"] = progress
     return state
 
 
-def write_looked(folder: Path, progress: dict[str, Any]) -> None:
-    """Add what was seen after the checkpoint was written, whole or not at all: without it, a
-    resumed run looks again. Raises OSError.
+def write_evaluation(folder: Path, progress: dict[str, Any]) -> None:
+    """Add the progress after the evaluation that followed, whole or not at all: without it, a
+    resumed run evaluates again. Raises OSError.
     """
-    partial = folder / f"{_LOOKED}.tmp"
+    partial = folder / f"{_EVALUATED}.tmp"
     partial.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
     _sync(partial)
-    os.replace(partial, folder / _LOOKED)
+    os.replace(partial, folder / _EVALUATED)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -194,7 +198,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what an earlier process left half written."""
-    for path in _named(run, _UNFINISHED):
+    for path in _folders(run, is_unfinished):
         shutil.rmtree(path, ignore_errors=True)
     publish.remove_unfinished(run)
 
@@ -241,23 +245,6 @@ def check_parameters(
         raise CheckpointMismatch(f"{source} is of another model: {'; '.join(wrong[:6])}")
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    match = _STEP.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
-
-
-def folder_name(step: int) -> str:
-    """The name of a step's checkpoint folder."""
-    return f"step-{step:06d}"
-
-
-def weights_name(step: int) -> str:
-    """The name of the folder for a step's weights alone."""
-    return f"weights-{step:06d}"
-
-
 def _prune(run: Path, newest: Path, best_step: int | None) -> None:
     """`newest` was hashed while it was written; an older one is read again before it counts."""
     good = 0
@@ -268,9 +255,8 @@ def _prune(run: Path, newest: Path, best_step: int | None) -> None:
             good += 1
 
 
-def _named(run: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Folders of a run by such a name."""
-    return [path for path in run.iterdir() if path.is_dir() and pattern.fullmatch(path.name)]
+def _folders(run: Path, is_one: Callable[[Path], bool]) -> list[Path]:
+    return [path for path in run.iterdir() if path.is_dir() and is_one(path)]
 
 
 def _files(folder: Path) -> list[Path]:

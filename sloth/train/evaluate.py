@@ -6,25 +6,26 @@
 Needs no more memory than training: no gradients, so no activations are kept; the loss is the
 training's own, which holds no logits; and a pass reads no more padded tokens than training's
 largest. Rows go longest first, so a pass that does not fit shows at once and is halved. Dropout is
-off and no random number is drawn: training goes on as if nobody had looked. What is measured is the
-model that will be saved: products in 8 bits, an approximation of training, are left out. Their
-blocks then run as the model's file writes them, each MLP whole: where training takes it in tiles,
-long contexts in little memory, it is here that a pass may not fit.
+off and no random number is drawn: training goes on as if there had been no evaluation. What is
+measured is the model that will be saved: products in 8 bits, an approximation of training, are left
+out. Their blocks then run as the model's file writes them, each MLP whole: where training takes it
+in tiles, long contexts in little memory, it is here that a pass may not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sloth.errors import SlothError
-from sloth.infer.generate import generate_tokens
+from sloth.infer.generate import collect_tokens, generate_tokens
 from sloth.infer.text import Prompt, encode_prompt
+from sloth.models.mode import evaluating
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
@@ -55,17 +56,6 @@ def summed(
     with evaluating(network), network.as_stored():
         measured = [measure(rows).tolist() for rows in batches]
         return [math.fsum(shares) for shares in zip(*measured, strict=True)]
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Inside, dropout and noise are off; afterwards as before."""
-    was_training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(was_training)
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -100,14 +90,11 @@ def sample_answers(
     if not prompts:
         return []
     ids = encode_prompts(tokenizer, prompts)
-    answers: list[list[int]] = [[] for _ in ids]
     with evaluating(network):
-        for step in generate_tokens(network, ids, num_tokens, tokenizer.stop_ids):
-            if is_over():
-                return []
-            for answer, token in zip(answers, step, strict=True):
-                if token is not None:
-                    answer.append(token)
+        steps = generate_tokens(network, ids, num_tokens, tokenizer.stop_ids)
+        answers = collect_tokens(takewhile(lambda _: not is_over(), steps), len(ids))
+    if is_over():
+        return []
     texts = [tokenizer.decode(answer) for answer in answers]
     return list(zip(prompts, texts, strict=True))
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from sloth.data.counts import DataCounts
 from sloth.machine import describe_machine
 from sloth.redact import Redactor
+from sloth.train.run_folder import FACTS
 
 if TYPE_CHECKING:
     from sloth.data.dataset import Dataset
     from sloth.train.config import TrainConfig
     from sloth.train.records import Progress
     from sloth.train.state import TrainState
-
-FILE_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class RunFacts:
         del told["origins"]
         told["resumed_from"] = str(resumed_from) if resumed_from else None
         text = json.dumps(Redactor().value(told), indent=1)
-        (output / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        (output / FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Training:
         return cls(
             facts,
             progress.losses,
-            progress.held_out,
+            progress.eval_losses_by_step,
             progress.tokens,
             progress.trained_tokens,
             progress.seconds,

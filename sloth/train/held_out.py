@@ -1,7 +1,7 @@
-"""Looking at the model while it trains: the loss on held-out rows, and answers to the prompts.
+"""Evaluation of the model while it trains: the loss on held-out rows, and answers to the prompts.
 
-A look changes nothing that training depends on (evaluate.py), and what has no memory costs the look
-and not the run. A signal to stop ends it between two passes: the run is resumed with that look.
+It changes nothing that training depends on (evaluate.py), and where memory runs out it costs the
+evaluation and not the run. A signal to stop ends it between two passes: the run is resumed with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sloth.train.signals import StopRequest
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is looked at in a run. data: held-out rows, None for prompts alone. longest: tokens of
+    """What a run evaluates on. data: held-out rows, None for prompts alone. longest: tokens of
     the longest row that is trained on. batch_of: some rows of a data set as tensors.
     """
 
@@ -36,11 +36,11 @@ class HeldOut:
     longest: int
     batch_of: Callable[[Dataset, list[int]], Batch]
 
-    def look(
+    def evaluate(
         self, progress: Progress, log: RunLog, accumulator: Accumulator, stop: StopRequest
     ) -> bool:
-        """Measure, ask and log; whether the loss is a new lowest. The look stays due where `stop`
-        cut it short.
+        """Measure, ask and log; whether the loss is a new lowest. Stays due where `stop` cut it
+        short.
         """
         loss, metrics = None, {}
         if self.data is not None:
@@ -58,8 +58,8 @@ class HeldOut:
             else:
                 loss = progress.eval_losses[str(progress.step)] = float(sums[0])
                 metrics = self.objective.named(sums[1:])
-        progress.is_look_due = False
-        improved = loss is not None and best_step(progress.held_out) == progress.step
+        progress.is_eval_due = False
+        improved = loss is not None and best_step(progress.eval_losses_by_step) == progress.step
 
         def answer_and_tell() -> None:
             samples, has_perplexity = self._samples(log, stop), self.objective.has_perplexity

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sloth.train.lock import is_locked
+from sloth.train.run_folder import FACTS, METRICS, is_checkpoint, published_in, step_of
 
-METRICS, FACTS = "metrics.jsonl", "run.json"
-# What a run that reached its end leaves.
-_PUBLISHED = ("adapter", "model")
-_STEP = re.compile(r"step-\d{6,}")
 # Where its lock does not tell: a run that wrote nothing for longer than this, and than three of its
 # steps, is not going on.
 _SILENT_SECONDS = 60.0
@@ -102,8 +98,8 @@ class RunHistory:
             return "running"
         if self._published():
             return "finished"
-        steps = sorted(p.name for p in self.folder.glob("step-*") if _STEP.fullmatch(p.name))
-        return f"stopped, resume from {steps[-1]}" if steps else "stopped, no checkpoint"
+        newest = max(filter(is_checkpoint, self.folder.glob("step-*")), key=step_of, default=None)
+        return f"stopped, resume from {newest.name}" if newest else "stopped, no checkpoint"
 
     def differences(self, other: RunHistory) -> dict[str, tuple[Any, Any]]:
         """Settings that differ, both values; where they write to is not of interest."""
@@ -113,8 +109,7 @@ class RunHistory:
 
     def _published(self) -> bool:
         """Whether what was trained is there, and newer than the last line of the metrics."""
-        found = [self.folder / name for name in _PUBLISHED if (self.folder / name).is_dir()]
-        return any(path.stat().st_mtime >= self.written for path in found)
+        return any(path.stat().st_mtime >= self.written for path in published_in(self.folder))
 
 
 def find_runs(folder: Path) -> list[RunHistory]:

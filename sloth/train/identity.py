@@ -16,7 +16,7 @@ from sloth.train.schedule import depends_on_length
 
 FINGERPRINT_NUMBERS = 16
 
-# May differ between a run and its continuation: they say where and when to write, stop or look.
+# May differ between a run and its continuation: they say where and when to write, stop or evaluate.
 _FREE = {
     *("output", "resume", "allow_change", "save_steps", "max_bad_steps", "trackers", "project"),
     *("eval_data", "eval_steps", "patience", "load_best", "sample_prompts", "sample_tokens"),

@@ -78,7 +78,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         # Cut rather than written anew: a disk that is full must not cost the lines of before.
         if self._metrics is not None:
-            kept = _lines_until(self._metrics, self.first_step, not self._before.is_look_due)
+            kept = _lines_until(self._metrics, self.first_step, not self._before.is_eval_due)
             lost = _lines_after(kept, self._before) if self._metrics.is_file() else []
             self._file = self._metrics.open("ab", buffering=0)
             self._file.truncate(len(kept))
@@ -275,7 +275,7 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _lines_until(metrics: Path, last_step: int, with_look: bool) -> bytes:
+def _lines_until(metrics: Path, last_step: int, with_eval: bool) -> bytes:
     """The lines up to a step, with its evaluation or without; a killed process may have cut the
     last one.
     """
@@ -285,8 +285,8 @@ def _lines_until(metrics: Path, last_step: int, with_look: bool) -> bytes:
     for line in metrics.read_bytes().splitlines(keepends=True):
         try:
             told = json.loads(line)
-            is_look = told["step"] == last_step and told.get("event") == "eval"
-            if told["step"] > last_step or (is_look and not with_look):
+            is_last_eval = told["step"] == last_step and told.get("event") == "eval"
+            if told["step"] > last_step or (is_last_eval and not with_eval):
                 break
         except (ValueError, KeyError, TypeError):
             break
@@ -302,8 +302,8 @@ def _lines_after(kept: bytes, before: Done) -> list[dict[str, Any]]:
     for step, loss in enumerate(before.losses, start=1):
         if (step, False) > last:
             lines.append({"event": "step", "step": step, "loss": loss})
-        if step in before.held_out and (step, True) > last:
-            lines.append({"event": "eval", "step": step, "eval_loss": before.held_out[step]})
+        if step in before.eval_losses and (step, True) > last:
+            lines.append({"event": "eval", "step": step, "eval_loss": before.eval_losses[step]})
     return lines
 
 

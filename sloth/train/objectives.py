@@ -28,9 +28,9 @@ from torch.nn.functional import logsigmoid
 
 from sloth.data.batches import Batch, PairBatch
 from sloth.data.dataset import Dataset
-from sloth.data.examples import UNTRAINED
+from sloth.labels import IGNORE_INDEX
+from sloth.models.mode import evaluating
 from sloth.train.config import TrainConfig
-from sloth.train.evaluate import evaluating
 
 if TYPE_CHECKING:
     from sloth.train.state import Trainable
@@ -136,7 +136,7 @@ class ORPO(Preference):
     def measure(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
         pairs, (num_pairs, num_chosen) = as_pairs(batch), sizes
         found = self.model.logprobs(pairs.tokens, pairs.chosen_labels(), pairs.positions)
-        is_answer = (pairs.labels[:, 1:] != UNTRAINED).to(found.device)
+        is_answer = (pairs.labels[:, 1:] != IGNORE_INDEX).to(found.device)
         lengths = torch.tensor(pairs.answers, dtype=found.dtype, device=found.device)
         chosen, rejected = (pairs.sums(found * is_answer) / lengths).chunk(2)
         nll = -pairs.sums(found)[: pairs.num_pairs].sum() / num_chosen

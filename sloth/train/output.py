@@ -11,10 +11,10 @@ from pathlib import Path
 from sloth.errors import OutputExists
 from sloth.train.checkpoint import checkpoints, newer_than, newest_good, remove_unfinished
 from sloth.train.config import TrainConfig
-from sloth.train.history import FACTS
 from sloth.train.lock import locked
 from sloth.train.publish import refuse_foreign, refuse_replacing
 from sloth.train.ranks import Ranks
+from sloth.train.run_folder import FACTS
 
 RUNS = Path("runs")
 GLANCE_S = 0.1  # `sloth runs` has the lock for less, while it looks whether a run has it

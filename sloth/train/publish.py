@@ -21,12 +21,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sloth.errors import OutputExists, SaveFailed
+from sloth.train.run_folder import ADAPTER, MODEL, PUBLISHED, PUBLISHED_RECORD
 
-RECORD = "published.json"
-NAMES = ("adapter", "model")
 # In the record: folders that are written or put aside, by name.
 _UNFINISHED = "unfinished"
-_UNFINISHED_NAME = re.compile(rf"({'|'.join(NAMES)})\.(new|old)-\d+")
+_UNFINISHED_NAME = re.compile(rf"({'|'.join(PUBLISHED)})\.(new|old)-\d+")
 
 Files = dict[str, int]
 
@@ -37,7 +36,7 @@ def publish_weights(model: Any, output: Path, holder: Path | None) -> dict[str, 
     holder: a checkpoint with these weights. Raises SaveFailed, naming it, where the disk does not
     take them.
     """
-    name = "adapter" if model.has_adapter else "model"
+    name = ADAPTER if model.has_adapter else MODEL
     try:
         return {name: _publish(model, output, name)}
     except (OSError, SafetensorError) as error:
@@ -56,7 +55,7 @@ def remove_unfinished(output: Path) -> None:
 
 def refuse_foreign(output: Path) -> None:
     """Raise OutputExists for a folder of a name that a run publishes under, and that none wrote."""
-    for name in NAMES:
+    for name in PUBLISHED:
         folder = output / name
         strange = _strange_files(folder, _record(output).get(name, []))
         if strange:
@@ -71,7 +70,7 @@ def refuse_replacing(model_name: str, output: Path) -> None:
     that is trained, or of a folder around it.
     """
     loaded = Path(model_name).expanduser().resolve()
-    for name in NAMES:
+    for name in PUBLISHED:
         folder = (output / name).resolve()
         if loaded.exists() and (loaded == folder or folder in loaded.parents):
             raise OutputExists(
@@ -83,8 +82,8 @@ def refuse_replacing(model_name: str, output: Path) -> None:
 def _publish(model: Any, output: Path, name: str) -> Path:
     folder = output / name
     fresh, aside = _free_names(folder)
-    save: Callable[[Path], Any] = model.save_adapter if name == "adapter" else model.save_merged
-    known = {key: held for key, held in _record(output).items() if key in NAMES}
+    save: Callable[[Path], Any] = model.save_adapter if name == ADAPTER else model.save_merged
+    known = {key: held for key, held in _record(output).items() if key in PUBLISHED}
     in_work = {_UNFINISHED: [fresh.name, aside.name]}
     try:
         _write_record(output, {**known, **in_work})
@@ -146,13 +145,13 @@ def _free_name(folder: Path) -> Path:
 
 def _record(output: Path) -> dict[str, Any]:
     try:
-        told = json.loads((output / RECORD).read_text(encoding="utf-8"))
+        told = json.loads((output / PUBLISHED_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}
 
 
 def _write_record(output: Path, record: dict[str, Any]) -> None:
-    partial = output / f"{RECORD}.tmp"
+    partial = output / f"{PUBLISHED_RECORD}.tmp"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output / RECORD)
+    os.replace(partial, output / PUBLISHED_RECORD)

@@ -40,7 +40,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One look at the model. loss is None when there are prompts but no held-out rows; samples:
+    """One evaluation. loss is None when there are prompts but no held-out rows; samples:
     (prompt, answer). has_perplexity: whether the loss is a mean over tokens.
     """
 
@@ -68,8 +68,8 @@ class Progress:
 
     rows_read: by all steps so far; None in a checkpoint of an older version.
     rows_per_pass: rows of one forward pass once memory ran out with batch_size of them; kept so
-    that a resumed run adds up in the same order. is_look_due: whether the model is still to be
-    looked at after this step.
+    that a resumed run adds up in the same order. is_eval_due: whether the evaluation after this
+    step is still to come.
     """
 
     step: int = 0
@@ -80,7 +80,7 @@ class Progress:
     bad_in_a_row: int = 0
     rows_read: int | None = 0
     rows_per_pass: int | None = None
-    is_look_due: bool = False
+    is_eval_due: bool = False
     losses: list[float] = field(default_factory=list)
     eval_losses: dict[str, float] = field(default_factory=dict)
 
@@ -95,8 +95,8 @@ class Progress:
         self.losses.append(loss)
 
     @property
-    def held_out(self) -> dict[int, float]:
-        """Evaluation losses by step; JSON has no integer keys."""
+    def eval_losses_by_step(self) -> dict[int, float]:
+        """The same by numbers: JSON has no integer keys."""
         return {int(step): loss for step, loss in self.eval_losses.items()}
 
 

@@ -17,6 +17,7 @@ from sloth.redact import Redactor
 from sloth.train.config import TrainConfig
 from sloth.train.full_memory import check_memory
 from sloth.train.optim import eight_bit_library
+from sloth.train.run_folder import SETTINGS
 from sloth.train.trackers import require_trackers
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -75,7 +76,7 @@ def write_settings(config: TrainConfig, output: Path) -> None:
         f"# from {json.dumps(origin)}\n{yaml.safe_dump(by_origin[origin], sort_keys=False)}"
         for origin in sorted(by_origin, key=lambda origin: origin == "default")
     ]
-    (output / "config.yaml").write_text("\n".join(blocks), encoding="utf-8")
+    (output / SETTINGS).write_text("\n".join(blocks), encoding="utf-8")
 
 
 @contextmanager

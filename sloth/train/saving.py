@@ -24,6 +24,7 @@ import torch
 from sloth.errors import NonFiniteGradients, OutOfMemory, SaveFailed
 from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
+from sloth.train.run_folder import step_of, weights_name
 from sloth.units import MIB
 
 # Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what
@@ -104,13 +105,13 @@ class Saver:
         self._on_saved(step, self.newest)
         return self.newest
 
-    def save_look(self, step: int, progress: dict[str, Any]) -> None:
-        """What was seen of the model of a step, into its checkpoint if the disk took that."""
-        if self.newest is None or checkpoint.step_of(self.newest) != step:
+    def save_evaluation(self, step: int, progress: dict[str, Any]) -> None:
+        """The progress after a step was evaluated, into its checkpoint if the disk took that."""
+        if self.newest is None or step_of(self.newest) != step:
             return
         try:
             self._before_saving()
-            checkpoint.write_looked(self.newest, progress)
+            checkpoint.write_evaluation(self.newest, progress)
         except OSError as error:
             self.notice(f"WARNING: the evaluation of step {step} is not saved: {_why(error)}")
 
@@ -122,9 +123,9 @@ class Saver:
 
     def holder_of(self, step: int) -> Path | None:
         """The checkpoint or the rescue that has the weights of a step, if there is one."""
-        if self.newest is not None and checkpoint.step_of(self.newest) == step:
+        if self.newest is not None and step_of(self.newest) == step:
             return self.newest
-        rescued = self.output / checkpoint.weights_name(step)
+        rescued = self.output / weights_name(step)
         return rescued if checkpoint.is_good(rescued) else None
 
     @contextmanager

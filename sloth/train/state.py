@@ -37,6 +37,7 @@ from sloth.train.optim import (
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress
 from sloth.train.run import write_settings
+from sloth.train.run_folder import checkpoint_name, step_of
 from sloth.train.saving import Saver
 
 if TYPE_CHECKING:
@@ -157,25 +158,28 @@ class TrainState:
             "optimizer": optimizer_tensors(self.optimizer, self.masters.by_name),
             "rng": self.ranks.gather(checkpoint.rng_tensors(self.model.device)),
         }
-        best = best_step(self.progress.held_out)
+        best = best_step(self.progress.eval_losses_by_step)
         step = self.progress.step
         self.ranks.first(saver.save, step, tensors, state, self._add_files, best)
 
-    def save_look(self, saver: Saver) -> None:
-        """What was seen of this moment's model, into its checkpoint."""
-        self.ranks.first(saver.save_look, self.progress.step, asdict(self.progress))
+    def save_evaluation(self, saver: Saver) -> None:
+        """The progress after this moment's model was evaluated, into its checkpoint."""
+        self.ranks.first(saver.save_evaluation, self.progress.step, asdict(self.progress))
 
     def check_resume(self, source: Path) -> tuple[dict[str, Any], list[str]]:
         """A checkpoint's state, and the allowed changes in words. Raises ValueError for others."""
         state = checkpoint.read_state(source)
         before = Identity(**state["identity"])
-        if "rows_read" not in state["progress"]:  # of an older version
+        progress = state["progress"]
+        if "is_look_due" in progress:  # as older versions call it
+            progress["is_eval_due"] = progress.pop("is_look_due")
+        if "rows_read" not in progress:  # of an older version
             sizes = [
                 settings["batch_size"] * settings["grad_accum"]
                 for settings in (before.settings, self.identity.settings)
             ]
-            read = state["progress"]["step"] * sizes[0]
-            state["progress"]["rows_read"] = read if sizes[0] != sizes[1] else None
+            read = progress["step"] * sizes[0]
+            progress["rows_read"] = read if sizes[0] != sizes[1] else None
         return state, refuse_changes(before, self.identity, source, self.config.allow_change)
 
     def try_resume(self, source: Path) -> Progress:
@@ -216,7 +220,7 @@ class TrainState:
         that has it whole. Where none has, to those of the next lowest, or none: with a warning, as
         a run is worth more than its best weights.
         """
-        best = best_step(self.progress.held_out)
+        best = best_step(self.progress.eval_losses_by_step)
         found = self.ranks.tell(str(self._find_best(places) if self.ranks.is_first else ""))
         if not found:
             lost = "no evaluation loss of this run was finite"
@@ -225,9 +229,9 @@ class TrainState:
             notice(f"WARNING: load_best: {lost}; the weights of the last step are published")
             return None
         folder = Path(found)
-        if best is not None and checkpoint.step_of(folder) != best:
+        if best is not None and step_of(folder) != best:
             notice(
-                f"WARNING: load_best: {checkpoint.folder_name(best)}, with the lowest evaluation "
+                f"WARNING: load_best: {checkpoint_name(best)}, with the lowest evaluation "
                 f"loss, is not whole in {_named(places)}; the best of the others, {folder.name}, "
                 "is published"
             )
@@ -236,12 +240,12 @@ class TrainState:
 
     def _find_best(self, places: Sequence[Path]) -> Path | str:
         """The whole checkpoint with the lowest finite evaluation loss; "" without any."""
-        losses = dict(self.progress.held_out)
+        losses = dict(self.progress.eval_losses_by_step)
         while (step := best_step(losses)) is not None:
             del losses[step]
             for place in places:
-                if checkpoint.is_good(place / checkpoint.folder_name(step)):
-                    return place / checkpoint.folder_name(step)
+                if checkpoint.is_good(place / checkpoint_name(step)):
+                    return place / checkpoint_name(step)
         return ""
 
     def _load_weights(self, source: Path) -> None:

@@ -31,17 +31,16 @@ class Timetable:
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether nothing is left to train."""
-        return progress.step >= self.num_steps or has_stalled(
-            progress.held_out, self.config.patience
-        )
+        losses = progress.eval_losses_by_step
+        return progress.step >= self.num_steps or has_stalled(losses, self.config.patience)
 
-    def is_look_due(self, step: int) -> bool:
-        """Whether the model is looked at after so many steps."""
+    def is_eval_due(self, step: int) -> bool:
+        """Whether the model is evaluated after so many steps."""
         wanted = self.has_rows or bool(self.config.sample_prompts)
         return wanted and (step == self.num_steps or _is_due(step, self.config.eval_steps))
 
     def is_save_due(self, step: int) -> bool:
-        """Whether a checkpoint is written after so many steps, whatever is seen of the model."""
+        """Whether a checkpoint is written after so many steps, whatever an evaluation finds."""
         return step == self.num_steps or _is_due(step, self.config.save_steps)
 
     def num_saves(self, progress: Progress) -> int:

@@ -34,7 +34,7 @@ from sloth.train.callbacks import Callback
 from sloth.train.config import TrainConfig, with_overrides
 from sloth.train.describe import announce, describe_plan
 from sloth.train.evaluate import best_step, encode_prompts
-from sloth.train.facts import FILE_NAME, RunFacts, Training
+from sloth.train.facts import RunFacts, Training
 from sloth.train.held_out import HeldOut
 from sloth.train.log import RunLog, memory_bytes
 from sloth.train.neftune import noisy_embeddings
@@ -46,6 +46,7 @@ from sloth.train.publish import publish_weights
 from sloth.train.ranks import Ranks
 from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import check_settings, planned_within, seeded, write_settings
+from sloth.train.run_folder import FACTS, METRICS, SETTINGS
 from sloth.train.saving import Saver
 from sloth.train.signals import StopRequest
 from sloth.train.state import Trainable, TrainState
@@ -204,23 +205,23 @@ class Trainer:
         accumulator, parameters = self._accumulator(log), masters.by_name.values()
         held_out = self._held_out()
 
-        def look(is_saved: bool) -> signal.Signals | None:
-            """See how good the model is, and keep it; the signal that came meanwhile, if any."""
-            improved = held_out.look(progress, log, accumulator, stop)
+        def evaluate(is_saved: bool) -> signal.Signals | None:
+            """Evaluate the model, and keep it; the signal that came meanwhile, if any."""
+            improved = held_out.evaluate(progress, log, accumulator, stop)
             self._note_passes(accumulator)
             stopping = stop.agreed(self.ranks)
             if is_saved:
-                self.state.save_look(saver)
+                self.state.save_evaluation(saver)
             elif improved or stopping or timetable.is_finished(progress):
                 self.state.save(saver)
             return stopping
 
         self.model.network.train()
         masters.drop_gradients()
-        progress.is_look_due = progress.is_look_due and timetable.is_look_due(progress.step)
-        if progress.is_look_due:  # the run that is resumed ended before it
+        progress.is_eval_due = progress.is_eval_due and timetable.is_eval_due(progress.step)
+        if progress.is_eval_due:  # the run that is resumed ended before it
             is_own = saver.newest is not None and saver.newest.parent == saver.output
-            if stopping := look(is_own):
+            if stopping := evaluate(is_own):
                 self._leave(stopping, log, saver)
         while not timetable.is_finished(progress):
             began, step = time.monotonic(), progress.step
@@ -240,13 +241,13 @@ class Trainer:
             if progress.bad_in_a_row >= config.max_bad_steps:
                 raise NonFiniteGradients(self._why_stopped(saver))
             self._note_passes(accumulator)
-            progress.is_look_due = timetable.is_look_due(progress.step)
+            progress.is_eval_due = timetable.is_eval_due(progress.step)
             stopping = stop.agreed(self.ranks)
             is_saved = stopping is not None or timetable.is_save_due(progress.step)
-            if is_saved:  # first: whatever happens while looking costs no step
+            if is_saved:  # first: whatever happens in an evaluation costs no step
                 self.state.save(saver)
-            if progress.is_look_due and stopping is None:
-                stopping = look(is_saved)
+            if progress.is_eval_due and stopping is None:
+                stopping = evaluate(is_saved)
             if stopping is not None:
                 self._leave(stopping, log, saver)
 
@@ -283,7 +284,7 @@ class Trainer:
         return state
 
     def _new_log(self, output: Path) -> RunLog:
-        metrics = output / "metrics.jsonl" if self.ranks.is_first else None
+        metrics = output / METRICS if self.ranks.is_first else None
         step, num_steps = self.progress.step, self.plan.num_steps
         log = RunLog(metrics, step, num_steps, before=self.progress)
         if not self.ranks.is_first:
@@ -365,15 +366,15 @@ class Trainer:
         progress, saver = self.progress, self.saver
         holder = paths.get("best") or saver.holder_of(progress.step)
         paths |= publish_weights(self.model, output, holder)
-        paths |= plot_losses(output, progress.losses, progress.held_out, saver.notice)
+        paths |= plot_losses(output, progress.losses, progress.eval_losses_by_step, saver.notice)
 
     def _finish(self, output: Path, source: Path | None) -> TrainReport:
         progress, saver = self.progress, self.saver
         paths = {
             "output": output,
-            "config": output / "config.yaml",
-            "facts": output / FILE_NAME,
-            "metrics": output / "metrics.jsonl",
+            "config": output / SETTINGS,
+            "facts": output / FACTS,
+            "metrics": output / METRICS,
         }
         if self.config.load_best:
             places = [output, *([source.parent] if source else [])]
@@ -392,7 +393,7 @@ class Trainer:
             trained_tokens=progress.trained_tokens,
             data=self.data.counts,
             skipped=progress.skipped,
-            eval_losses=progress.held_out,
-            best_step=best_step(progress.held_out),
+            eval_losses=progress.eval_losses_by_step,
+            best_step=best_step(progress.eval_losses_by_step),
             stopped_early=progress.step < self.plan.num_steps,
         )

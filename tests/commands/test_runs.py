@@ -76,6 +76,9 @@ def test_a_run_is_running_for_as_long_as_it_has_its_lock(tmp_path):
     assert seen == ["running", "running"]
     (output / "step-mine").mkdir()
     assert RunHistory.read(output).status(time.time()) == "stopped, resume from step-000001"
+    for step in (999_998, 1_000_002):  # by the number, not by the letters of the name
+        (output / f"step-{step:06d}").mkdir()
+    assert RunHistory.read(output).status(time.time()) == "stopped, resume from step-1000002"
 
 
 @pytest.mark.parametrize(

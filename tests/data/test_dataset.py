@@ -12,9 +12,10 @@ from sloth import cli
 from sloth.commands.base import Loading
 from sloth.data.check import check_data
 from sloth.data.dataset import StepPlan, _pieces, collate, load_data, order
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
 from sloth.data.show import describe_row
 from sloth.errors import DataError
+from sloth.labels import IGNORE_INDEX
 from sloth.train.config import load_config
 from sloth.train.trainer import Trainer
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer
@@ -133,11 +134,11 @@ def test_row_22_error_names_the_row_its_length_and_the_choices():
 @given(st.lists(st.booleans(), min_size=2, max_size=60), st.integers(2, 20))
 def test_row_22_splitting_keeps_every_target_exactly_once(trained, max_length):
     example = Example(
-        list(range(len(trained))), [i if t else UNTRAINED for i, t in enumerate(trained)]
+        list(range(len(trained))), [i if t else IGNORE_INDEX for i, t in enumerate(trained)]
     )
     pieces = list(_pieces(example, max_length))
-    targets = [label for piece in pieces for label in piece.labels[1:] if label != UNTRAINED]
-    assert targets == [label for label in example.labels[1:] if label != UNTRAINED]
+    targets = [label for piece in pieces for label in piece.labels[1:] if label != IGNORE_INDEX]
+    assert targets == [label for label in example.labels[1:] if label != IGNORE_INDEX]
     assert all(len(piece.tokens) <= max_length for piece in pieces)
 
 
@@ -242,7 +243,7 @@ def test_how_rows_are_split_into_micro_batches_does_not_change_a_step():
 
 
 def test_collate_pads_right_and_trains_no_padding():
-    batch = collate([Example([5, 6, 7], [UNTRAINED, 6, 7]), Example([8], [8])], pad_id=6)
+    batch = collate([Example([5, 6, 7], [IGNORE_INDEX, 6, 7]), Example([8], [8])], pad_id=6)
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 6, 6]]
     assert batch.labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert (batch.num_tokens, batch.num_trained) == (4, 2)

@@ -8,8 +8,8 @@ import pytest
 
 from sloth.data.dataset import load_data
 from sloth.data.encode import encode_row
-from sloth.data.examples import UNTRAINED
 from sloth.errors import DataError, TokenizerMissing
+from sloth.labels import IGNORE_INDEX
 from tests.train.fakes import FakeTokenizer, reasoning
 
 
@@ -17,8 +17,8 @@ def trained_texts(example, tokenizer) -> list[str]:
     """The trained spans, decoded."""
     spans, open_ = [], False
     for token, label in zip(example.tokens, example.labels, strict=True):
-        assert label in (UNTRAINED, token), "a label sits at its own token's index"
-        if label == UNTRAINED:
+        assert label in (IGNORE_INDEX, token), "a label sits at its own token's index"
+        if label == IGNORE_INDEX:
             open_ = False
             continue
         if not open_:
@@ -50,7 +50,7 @@ def test_chat_trains_every_assistant_turn_with_its_end_token_and_nothing_else():
     assert spans == [["one<|end|>", "two\n<|end|>"]]
     assert example.tokens == tokenizer.encode(tokenizer.chat.render(messages), False)
     assert example.tokens.count(tokenizer.bos_id) == 1
-    last_trained = [label for label in example.labels if label != UNTRAINED][-1]
+    last_trained = [label for label in example.labels if label != IGNORE_INDEX][-1]
     assert last_trained in tokenizer.stop_ids
 
 

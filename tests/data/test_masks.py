@@ -16,10 +16,10 @@ import sloth
 from sloth.data import masks
 from sloth.data.dataset import load_data
 from sloth.data.encode import RowEncoder
-from sloth.data.examples import UNTRAINED
 from sloth.data.masks import Conversation, MaskDisagreement, TemplateShapes
 from sloth.errors import DataError
 from sloth.formats.gguf import GGUFFile
+from sloth.labels import IGNORE_INDEX
 from sloth.text.chat import ChatTemplate
 from sloth.text.tokenizer import Tokenizer
 from tests.assets import LLAMA_CPP, asset, smollm2
@@ -62,8 +62,8 @@ def chat(*contents, system=None):
 def spans(example, tokenizer):
     """The trained spans, decoded with their special tokens."""
     found, run = [], []
-    for token, label in [*zip(example.tokens, example.labels, strict=True), (0, UNTRAINED)]:
-        if label != UNTRAINED:
+    for token, label in [*zip(example.tokens, example.labels, strict=True), (0, IGNORE_INDEX)]:
+        if label != IGNORE_INDEX:
             run.append(token)
         elif run:
             found.append(tokenizer.decode(run, skip_special_tokens=False))
@@ -225,7 +225,7 @@ def test_row_5_end_of_turn_is_trained_though_padding_has_its_id():
         assert ends and all(example.labels[i] == tokenizer.eos_id for i in ends)
     batch = data.batch([0, 1], tokenizer.pad_id)
     padding = batch.tokens.shape[1] - len(data.examples[0].tokens)
-    assert padding > 0 and (batch.labels[0, -padding:] == UNTRAINED).all()
+    assert padding > 0 and (batch.labels[0, -padding:] == IGNORE_INDEX).all()
     assert data.counts.turns == 3 and not data.counts.unstopped
 
 

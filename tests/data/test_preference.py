@@ -13,11 +13,12 @@ from sloth import cli
 from sloth.commands import data as data_command
 from sloth.data.batches import collate_pairs
 from sloth.data.dataset import load_data
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
 from sloth.data.preference import read_pair
 from sloth.data.rows import Chat, Completion
 from sloth.data.show import describe_first_row
 from sloth.errors import DataError
+from sloth.labels import IGNORE_INDEX
 from sloth.train.config import TrainConfig
 from sloth.train.trainer import Trainer
 from tests.train.fakes import PAIRS, ROWS, FakeModel, FakeTokenizer, reasoning
@@ -137,7 +138,9 @@ def test_masks_lie_on_the_answers_alone():
     ]
     data, tokenizer = load(rows), FakeTokenizer()
     trained = [
-        tokenizer.decode([t for t in example.labels if t != UNTRAINED], skip_special_tokens=False)
+        tokenizer.decode(
+            [t for t in example.labels if t != IGNORE_INDEX], skip_special_tokens=False
+        )
         for example in data.examples
     ]
     assert trained == ["so<|end|>", "not<|end|>", " yes</s>", " no</s>"]
@@ -200,7 +203,7 @@ def test_prepared_pairs_are_found_again_and_never_taken_for_other_rows(tmp_path,
 
 
 def pair(tokens, answer):
-    return Example(tokens, [UNTRAINED] * (len(tokens) - answer) + tokens[len(tokens) - answer :])
+    return Example(tokens, [IGNORE_INDEX] * (len(tokens) - answer) + tokens[len(tokens) - answer :])
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
@@ -218,9 +221,9 @@ def test_a_batch_holds_what_its_pairs_hold(padding_free):
         values = values.masked_fill(batch.positions[:, 1:] == 0, 0.0)
     assert batch.sums(values).tolist() == [9.0, 7.0, 7.0, 35.0]
     kept = batch.chosen_labels()
-    full = [label for label in kept.flatten().tolist() if label != UNTRAINED]
+    full = [label for label in kept.flatten().tolist() if label != IGNORE_INDEX]
     assert full == [1, 2, 3, 4, 6, 7, 5, 8, 9, 9, 9]
-    assert torch.equal(kept[kept != UNTRAINED], batch.tokens[kept != UNTRAINED])
+    assert torch.equal(kept[kept != IGNORE_INDEX], batch.tokens[kept != IGNORE_INDEX])
 
 
 # -- what a person sees ----------------------------------------------------------------------------

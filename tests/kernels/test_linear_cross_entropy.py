@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sloth.kernels.ops import linear_cross_entropy as module
 from sloth.kernels.ops.linear_cross_entropy import (
-    IGNORED,
     cross_entropy_in_place,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from sloth.labels import IGNORE_INDEX
 from tests import tolerance
 from tests.kernels.common import (
     GPU_DTYPES,
@@ -39,7 +39,7 @@ def labels_of(num_rows: int, vocabulary: int, every: int = 3, **keywords: Any) -
     """Random labels; each `every`-th row is untrained."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.randint(vocabulary, (num_rows,), generator=generator)
-    labels[::every] = IGNORED
+    labels[::every] = IGNORE_INDEX
     return labels.to(**keywords)
 
 
@@ -119,18 +119,18 @@ def test_logits_of_all_rows_never_exist(
 def test_untrained_rows_are_never_computed() -> None:
     hidden, weight, labels = randn(12, 5), randn(9, 5, seed=1), labels_of(12, 9)
     poisoned = hidden.clone()
-    poisoned[labels == IGNORED] = float("nan")
+    poisoned[labels == IGNORE_INDEX] = float("nan")
     op = with_labels(labels)
     expected = outputs_and_gradients(op, [hidden, weight])
     actual = outputs_and_gradients(op, [poisoned, weight])
     for ours, theirs in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
     dhidden = actual[1][0]
-    assert dhidden is not None and not dhidden[labels == IGNORED].any()
+    assert dhidden is not None and not dhidden[labels == IGNORE_INDEX].any()
 
 
 def test_no_trained_row_gives_zero_loss_and_zero_gradients() -> None:
-    op = with_labels(torch.full((6,), IGNORED))
+    op = with_labels(torch.full((6,), IGNORE_INDEX))
     (loss,), gradients = outputs_and_gradients(op, [randn(6, 5), randn(9, 5, seed=1)])
     assert loss.dtype == torch.float32 and loss.item() == 0
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sloth.kernels.ops import linear_cross_entropy as shared
-from sloth.kernels.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from sloth.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from sloth.kernels.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from sloth.labels import IGNORE_INDEX
 from tests import tolerance
 from tests.kernels.common import (
     GPU_DTYPES,
@@ -83,17 +84,17 @@ def test_logits_of_all_rows_never_exist(
 def test_unwanted_rows_are_zero_and_never_computed() -> None:
     hidden, weight, labels = randn(12, 5), randn(9, 5, seed=1), labels_of(12, 9)
     poisoned = hidden.clone()
-    poisoned[labels == IGNORED] = float("nan")
+    poisoned[labels == IGNORE_INDEX] = float("nan")
     op = with_labels(labels)
     expected = outputs_and_gradients(op, [hidden, weight])
     actual = outputs_and_gradients(op, [poisoned, weight])
     for ours, theirs in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
-    assert not actual[0][0][labels == IGNORED].any()
+    assert not actual[0][0][labels == IGNORE_INDEX].any()
 
 
 def test_no_wanted_row_gives_zeros_and_zero_gradients() -> None:
-    op = with_labels(torch.full((6,), IGNORED))
+    op = with_labels(torch.full((6,), IGNORE_INDEX))
     (found,), gradients = outputs_and_gradients(op, [randn(6, 5), randn(9, 5, seed=1)])
     assert found.dtype == torch.float32 and not found.any()
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -20,6 +20,7 @@ from sloth.data.dataset import load_data
 from sloth.train import checkpoint, trainer
 from sloth.train.config import TrainConfig
 from sloth.train.optim import build_optimizer
+from sloth.train.run_folder import step_of
 from tests.train.fakes import ROWS, FakeModel
 from tests.train.runs import SETTINGS
 
@@ -53,7 +54,7 @@ def wait(pid: int) -> bool:
 
 def losses(output: Path) -> list[float]:
     newest = checkpoint.newest_good(output)
-    assert newest is not None and checkpoint.step_of(newest) == NUM_STEPS
+    assert newest is not None and step_of(newest) == NUM_STEPS
     return checkpoint.read_state(newest)["progress"]["losses"]
 
 
@@ -91,7 +92,7 @@ def main(folder: Path, num_kills: int, seed: int) -> None:
         kills += 1
         saving += any(output.glob("*.tmp-*"))
         newest = checkpoint.newest_good(output)  # raises when there are some and none is good
-        step = checkpoint.step_of(newest) if newest else 0
+        step = step_of(newest) if newest else 0
         assert step >= reached, f"step {reached} was saved, now the newest good one is {step}"
         reached = step
     wait(start(output))

@@ -76,8 +76,8 @@ def test_card_beside_the_adapter_tells_base_data_settings_and_curve(trained):
     assert [(int(step), float(loss)) for step, loss, _ in table] == [
         (step, round(loss, 4)) for step, loss in enumerate(report.losses, start=1)
     ]
-    looked_at = {int(step): float(loss) for step, _, loss in table if loss}
-    assert looked_at == {step: round(loss, 4) for step, loss in report.eval_losses.items()}
+    evaluated = {int(step): float(loss) for step, _, loss in table if loss}
+    assert evaluated == {step: round(loss, 4) for step, loss in report.eval_losses.items()}
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", body, re.DOTALL)[1])
     assert settings["neftune"] == 5.0 and settings["lora"]["r"] == 2 and "output" not in settings
     (picture,) = re.findall(r"!\[Loss by step\]\((.*)\)", body)
@@ -173,9 +173,9 @@ def test_a_long_run_is_told_in_a_dozen_rows():
         "m", None, "b", False, "cpu", "ops", DataFacts("d", "f", counts), None, {}, {}, {}
     )
     losses = [float(step) for step in range(1, 1001)]
-    looked = {step: 0.5 for step in range(10, 1001, 10)}
+    evaluated = {step: 0.5 for step in range(10, 1001, 10)}
     subject = Subject("m", None, None, is_adapter=True, is_quantized=False)
-    text = render_card(subject, Training(facts, losses, looked), None)
+    text = render_card(subject, Training(facts, losses, evaluated), None)
     steps = [int(step) for step in re.findall(r"^\| (\d+) \| \d", text, re.MULTILINE)]
     assert steps[0] == 1 and steps[-1] == 1000 and len(steps) <= 24
 

@@ -207,9 +207,9 @@ def test_a_checkpoint_is_synced_whole_before_its_name_is_there(tmp_path, monkeyp
     assert len(sizes) == 7 and sizes <= set(happened[:moved])
     assert (tmp_path.stat().st_ino, None) in happened[moved:]
     happened.clear()
-    checkpoint.write_looked(folder, {"step": 1})
-    looked = (folder / "looked.json").stat()
-    assert happened == [(looked.st_ino, looked.st_size), folder / "looked.json"]
+    checkpoint.write_evaluation(folder, {"step": 1})
+    written = (folder / "looked.json").stat()
+    assert happened == [(written.st_ino, written.st_size), folder / "looked.json"]
 
 
 def free_space(monkeypatch, *values):

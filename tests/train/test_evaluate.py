@@ -19,7 +19,7 @@ from sloth.lora_config import LoraConfig
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train import evaluate, held_out
 from sloth.train.callbacks import Callback
-from sloth.train.checkpoint import is_good, read_state, read_tensors
+from sloth.train.checkpoint import is_good, read_state, read_tensors, write_checkpoint
 from sloth.train.evaluate import best_step, has_stalled, sample_answers, summed
 from sloth.train.records import EvalRecord
 from sloth.train.trainer import Trainer
@@ -104,10 +104,10 @@ def test_samples_are_greedy_answers_in_the_log(tmp_path, monkeypatch, capsys):
     prompts = ["is it\nso?", "really"]
     train(tmp_path / "run", sample_prompts=prompts, sample_tokens=7, eval_steps=4)
     assert "  is it\\nso? -> ok\n  really -> n\n" in capsys.readouterr().out
-    looks = [row for row in events(tmp_path / "run") if row["event"] == "eval"]
-    assert [row["step"] for row in looks] == [4, 6]
-    assert looks[0]["samples"][0] == {"prompt": "is it\nso?", "answer": "ok"}
-    assert "eval_loss" not in looks[0]
+    evaluations = [row for row in events(tmp_path / "run") if row["event"] == "eval"]
+    assert [row["step"] for row in evaluations] == [4, 6]
+    assert evaluations[0]["samples"][0] == {"prompt": "is it\nso?", "answer": "ok"}
+    assert "eval_loss" not in evaluations[0]
     ids, num_tokens, stop_ids = asked[0]
     text = FakeTokenizer().decode(ids[1], skip_special_tokens=False)
     assert text == "<s><|start|>user\nreally<|end|>\n<|start|>assistant\n"
@@ -143,8 +143,11 @@ def test_a_sample_that_fails_is_a_warning_and_costs_no_loss(tmp_path, monkeypatc
     assert "WARNING: samples are left out, ValueError: no such answer" in said
 
 
-def test_a_step_is_saved_before_the_model_is_looked_at(tmp_path, monkeypatch):
-    """Whatever ends the look: the steps are there, and a resumed run looks first, and once."""
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_step_is_saved_before_it_is_evaluated(tmp_path, monkeypatch, is_old):
+    """Whatever ends that: the steps are there, and a resumed run evaluates first, and once. An
+    older checkpoint calls what is due by another name.
+    """
     settings = {"eval_data": ROWS[:4], "eval_steps": 2, "save_steps": 2}
     _, straight = train(tmp_path / "straight", **settings)
 
@@ -155,7 +158,12 @@ def test_a_step_is_saved_before_the_model_is_looked_at(tmp_path, monkeypatch):
         patched.setattr(held_out, "summed", broken)
         train(tmp_path / "run", **settings)
     kept = tmp_path / "run" / "step-000002"
-    assert is_good(kept) and read_state(kept)["progress"]["eval_losses"] == {}
+    state = read_state(kept)
+    assert is_good(kept) and state["progress"]["eval_losses"] == {}
+    if is_old:
+        state["progress"]["is_look_due"] = state["progress"].pop("is_eval_due")
+        tensors = {n: read_tensors(kept, n) for n in ("trainable", "optimizer", "rng")}
+        write_checkpoint(kept.parent, 2, tensors, state)
     _, report = train(tmp_path / "other", resume=kept, **settings)
     assert report.eval_losses == straight.eval_losses and len(list(kept.glob("looked*"))) == 0
     _, report = train(tmp_path / "run", resume=True, **settings)

@@ -10,8 +10,9 @@ import torch
 
 import sloth
 from sloth.data.batches import collate_pairs
-from sloth.data.examples import UNTRAINED, Example
+from sloth.data.examples import Example
 from sloth.errors import DataError
+from sloth.labels import IGNORE_INDEX
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig
 from sloth.train.objectives import DPO, ORPO, log_odds, objective_of, preference_losses
@@ -55,7 +56,7 @@ def pairs(count=3, seed=3):
 
     def example(prompt):
         answer = [number(4, 130) for _ in range(number(1, 9))]
-        return Example(prompt + answer, [UNTRAINED] * len(prompt) + answer)
+        return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer)
 
     prompts = [[number(4, 130) for _ in range(number(2, 9))] for _ in range(count)]
     return [(example(prompt), example(prompt)) for prompt in prompts]
@@ -233,15 +234,15 @@ def test_training_lowers_the_loss_and_prefers_the_chosen(tmp_path, objective):
     assert report.losses[-1] < 0.8 * report.losses[0]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     steps = [row for row in rows if row["event"] == "step"]
-    looks = [row for row in rows if row["event"] == "eval"]
+    evaluations = [row for row in rows if row["event"] == "eval"]
     assert steps[-1]["reward_accuracy"] == 1.0 and steps[0]["reward_accuracy"] < 1.0
     for row in steps:
         margin = row["reward_chosen"] - row["reward_rejected"]
         assert row["reward_margin"] == pytest.approx(margin, abs=tolerance.FLOAT32_ROUNDING)
-    assert [row["step"] for row in looks] == [4, 8, 12] and "perplexity" not in looks[0]
-    assert looks[-1]["eval_reward_accuracy"] == 1.0
-    assert looks[-1]["eval_reward_margin"] > looks[0]["eval_reward_margin"] > 0
-    assert report.eval_losses[12] == looks[-1]["eval_loss"] < report.eval_losses[4]
+    assert [row["step"] for row in evaluations] == [4, 8, 12] and "perplexity" not in evaluations[0]
+    assert evaluations[-1]["eval_reward_accuracy"] == 1.0
+    assert evaluations[-1]["eval_reward_margin"] > evaluations[0]["eval_reward_margin"] > 0
+    assert report.eval_losses[12] == evaluations[-1]["eval_loss"] < report.eval_losses[4]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])

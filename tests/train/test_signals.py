@@ -49,17 +49,17 @@ def test_a_signal_finishes_the_step_saves_and_leaves(tmp_path, number, code, cap
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
 
 
-class LooksSlowly(FakeModel):
+class EvaluatesSlowly(FakeModel):
     """Receives a signal in some pass over held-out rows, counted from 1 over the run."""
 
     def __init__(self, stops_in=None):
         super().__init__()
-        self.stops_in, self.num_looked = stops_in, 0
+        self.stops_in, self.num_evaluated = stops_in, 0
 
     def loss(self, *arguments, **settings):
         if not self.network.training:
-            self.num_looked += 1
-            if self.num_looked == self.stops_in:
+            self.num_evaluated += 1
+            if self.num_evaluated == self.stops_in:
                 os.kill(os.getpid(), signal.SIGTERM)
         return super().loss(*arguments, **settings)
 
@@ -67,22 +67,22 @@ class LooksSlowly(FakeModel):
 HELD_OUT = {"eval_data": ROWS[:5], "eval_steps": 3, "eval_batch_size": 1}
 
 
-@pytest.mark.parametrize(("stops_in", "num_looked"), [(None, 0), (2, 2)])
+@pytest.mark.parametrize(("stops_in", "num_evaluated"), [(None, 0), (2, 2)])
 @pytest.mark.parametrize("save_steps", [3, None])
 def test_a_signal_does_not_wait_for_an_evaluation_which_a_resume_makes_up_for(
-    tmp_path, stops_in, num_looked, save_steps
+    tmp_path, stops_in, num_evaluated, save_steps
 ):
-    """Before the look, and between its passes: none begins after the signal."""
-    model, settings = LooksSlowly(stops_in), {**SETTINGS, **HELD_OUT, "save_steps": save_steps}
+    """Before the evaluation, and between its passes: none begins after the signal."""
+    model, settings = EvaluatesSlowly(stops_in), {**SETTINGS, **HELD_OUT, "save_steps": save_steps}
     callbacks = [] if stops_in else [Send(3, signal.SIGTERM)]
     output = tmp_path / "run"
     with pytest.raises(Interrupted, match="after step 3.*step-000003, is good"):
         Trainer(model, ROWS, callbacks=callbacks, output=output, **settings).run()
-    assert model.num_looked == num_looked
-    again, straight = LooksSlowly(), LooksSlowly()
+    assert model.num_evaluated == num_evaluated
+    again, straight = EvaluatesSlowly(), EvaluatesSlowly()
     _, report = train(output, model=again, resume=True, save_steps=save_steps, **HELD_OUT)
     _, whole = train(tmp_path / "straight", model=straight, **HELD_OUT)
-    assert again.num_looked == straight.num_looked == 10
+    assert again.num_evaluated == straight.num_evaluated == 10
     assert report.eval_losses == whole.eval_losses and len(whole.eval_losses) == 2
     assert metrics(output) == metrics(tmp_path / "straight")
 

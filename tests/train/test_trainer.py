@@ -138,10 +138,10 @@ def test_evaluation_does_not_depend_on_batch_size_and_is_reported(output):
 def test_evaluation_leaves_training_as_it_was(output):
     settings = {"max_steps": 4, "batch_size": 2, "lora": LoraConfig(r=2, dropout=0.5)}
     plain = Trainer(FakeModel(), ROWS, output=output / "a", **settings).run()
-    looked = Trainer(
+    evaluated = Trainer(
         FakeModel(), ROWS, output=output / "b", eval_data=ROWS, eval_steps=1, **settings
     ).run()
-    assert plain.losses == looked.losses
+    assert plain.losses == evaluated.losses
 
 
 def test_infinite_gradient_skips_the_step_and_is_counted(output):

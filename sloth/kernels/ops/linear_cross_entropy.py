@@ -31,8 +31,7 @@ from torch.nn import functional as F
 
 from sloth.kernels.engine import engine_for, jit, tl
 from sloth.kernels.rows import compute_dtype, sum_over_rows
-
-IGNORED = -100
+from sloth.labels import IGNORE_INDEX
 
 # Bytes of logits held at a time. The first is the least that is quick: a plan starts from it, a
 # network without a plan takes it, and log-probabilities always do. The second is for direct calls
@@ -65,14 +64,14 @@ def linear_cross_entropy_reference(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.to(compute_dtype(logits.dtype))
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / _divisor(labels, num_trained)
 
 
 def _divisor(labels: Tensor, num_trained: int | Tensor | None) -> int | Tensor:
     """What the sum is divided by; at least 1, so that a batch without trained rows gives 0."""
     if num_trained is None:
-        return (labels != IGNORED).sum().clamp(min=1)
+        return (labels != IGNORE_INDEX).sum().clamp(min=1)
     return num_trained
 
 
@@ -206,7 +205,7 @@ class TrainedRows:
         self._labels = labels
         self._order = self._count = self._copied = None
         if labels.is_cuda:
-            ignored = labels == IGNORED
+            ignored = labels == IGNORE_INDEX
             # Trained rows first, in their order: as nonzero, but of a size the host knows.
             self._order = torch.sort(ignored, stable=True).indices
             self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
@@ -217,7 +216,7 @@ class TrainedRows:
     def index(self) -> Tensor:
         """Row numbers [M], ascending."""
         if self._order is None or self._count is None or self._copied is None:
-            return (self._labels != IGNORED).nonzero()[:, 0]
+            return (self._labels != IGNORE_INDEX).nonzero()[:, 0]
         self._copied.synchronize()
         return self._order[: int(self._count)]
 

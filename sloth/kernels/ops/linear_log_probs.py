@@ -28,13 +28,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sloth.kernels.ops.linear_cross_entropy import (
-    IGNORED,
     TrainedRows,
     cross_entropy_in_place,
     row_chunks,
     scaled_rows,
 )
 from sloth.kernels.rows import compute_dtype, sum_over_rows
+from sloth.labels import IGNORE_INDEX
 
 
 def linear_log_probs_reference(
@@ -49,7 +49,7 @@ def linear_log_probs_reference(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.to(compute_dtype(logits.dtype))
-    return -F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 class LinearLogProbsFunction(torch.autograd.Function):

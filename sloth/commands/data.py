@@ -105,6 +105,7 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, *Sizes]:
     """Its tokenizer, how many parameters it has, for how many tokens and positions (None for a
     tokenizer alone). Raises UnsupportedConfig for a model that cannot be trained.
     """
+    from sloth.architecture import describe, describe_config, meta_network
     from sloth.formats.gguf import GGUFFile
     from sloth.formats.hub import resolve
     from sloth.text.tokenizer import Tokenizer
@@ -112,35 +113,13 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, *Sizes]:
     path = resolve(name, revision, weights=False).path
     if path.is_file():
         file = GGUFFile(path)
-        return Tokenizer.from_files(file.tokenizer_files()), *_sizes(file.config)
-    tokenizer = Tokenizer.from_folder(path)
-    if not (path / "config.json").is_file():
-        return tokenizer, None, None, None
-    from sloth.assemble import read_config
-
-    return tokenizer, *_sizes(read_config(path))
-
-
-def _sizes(hf_config: dict[str, object]) -> Sizes:
-    """(parameters, tokens, positions) of the text model that a config.json describes."""
-    import torch
-
-    from sloth.assemble import architecture_of, check_layers
-    from sloth.formats.wrapper import WRAPPERS, text_config
-    from sloth.linear import Linear
-    from sloth.models import as_auto_config
-
-    hf_config = as_auto_config(hf_config)
-    if str(hf_config.get("model_type")) in WRAPPERS:
-        hf_config = text_config(hf_config)
-    config_class, decoder_class = architecture_of(hf_config)
-    check_layers(hf_config)
-    config = config_class.from_hf(hf_config)
-
-    def projection(_: str, in_features: int, out_features: int, bias: bool) -> Linear:
-        return Linear(in_features, out_features, bias)
-
-    with torch.device("meta"):
-        network = decoder_class(config, projection)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return num_parameters, config.vocab_size, config.max_position_embeddings
+        tokenizer = Tokenizer.from_files(file.tokenizer_files())
+        described = describe_config(file.config, None)
+    else:
+        tokenizer = Tokenizer.from_folder(path)
+        if not (path / "config.json").is_file():
+            return tokenizer, None, None, None
+        described = describe(path)
+    num_parameters = sum(p.numel() for p in meta_network(described).parameters())
+    config = described.config
+    return tokenizer, num_parameters, config.vocab_size, config.max_position_embeddings

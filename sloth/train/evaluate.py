@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from sloth.infer.generate import generate_tokens
 from sloth.infer.text import Prompt, encode_prompt
 
 if TYPE_CHECKING:
+    from sloth.models.decoder import Decoder
     from sloth.text.tokenizer import Tokenizer
 
 
@@ -46,12 +47,9 @@ def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
 
 @torch.no_grad()
 def summed(
-    batches: Iterable[list[int]], measure: Callable[[list[int]], Tensor], network: Any
+    batches: Iterable[list[int]], measure: Callable[[list[int]], Tensor], network: Decoder
 ) -> list[float]:
-    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass.
-
-    network: a Decoder.
-    """
+    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass."""
     with evaluating(network), network.as_stored():
         measured = [measure(rows).tolist() for rows in batches]
         return [math.fsum(shares) for shares in zip(*measured, strict=True)]
@@ -88,7 +86,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
 
 
 def sample_answers(
-    network: Any,
+    network: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     num_tokens: int,

@@ -48,9 +48,10 @@ from sloth.train.records import Progress, StepRecord, TrainReport
 from sloth.train.run import check_settings, planned_within, seeded, write_settings
 from sloth.train.saving import Saver
 from sloth.train.signals import StopRequest
-from sloth.train.state import Trainable, TrainState
+from sloth.train.state import TrainState
 from sloth.train.timetable import Timetable
 from sloth.train.trackers import build_trackers
+from sloth.train.trainable import Trainable
 
 __all__ = ["Trainable", "TrainReport", "Trainer"]
 

@@ -1,5 +1,5 @@
-"""From files to a network: read config.json, build the decoder on meta, stream every tensor to its
-owner.
+"""From files to a network: build the decoder on meta (`sloth.architecture`), stream every tensor to
+its owner.
 
 Each tensor is read, checked, cast or quantized on the device, handed over and freed before the
 next, so the peak is the model plus one tensor. Every expected name is filled once and every
@@ -9,10 +9,8 @@ the file, as "dynamic" bitsandbytes checkpoints leave some projections in 16 bit
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sloth.errors import CheckpointMismatch, TokenizerMissing, UnknownModel, UnsupportedConfig
+from sloth.architecture import describe_config, is_wrapper, meta_network, read_config
+from sloth.errors import CheckpointMismatch, TokenizerMissing, UnsupportedConfig
 from sloth.formats.checkpoint import SafetensorsFolder
 from sloth.formats.gguf import GGUFFile
-from sloth.formats.wrapper import WRAPPERS, Source, TextTower, text_config
+from sloth.formats.wrapper import Source, TextTower
 from sloth.linear import Linear, Projection
 from sloth.lora import EMBEDDING, HEAD
-from sloth.models import ARCHITECTURES, as_auto_config
 from sloth.models.decoder import Decoder
-from sloth.models.values import OBJECT, checked
 from sloth.quant.bnb import BNB_SUFFIXES, FP4_STATE_KEY, STATE_KEY, read_bnb
 from sloth.quant.linear4bit import Linear4bit
 from sloth.text.tokenizer import Tokenizer
 
 QUANTIZATIONS = (None, "nf4")
-# Ten times those of the deepest model there is.
-MAX_LAYERS = 2000
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _BNB_MARK, _BNB_FP4_MARK = f".{STATE_KEY}", f".{FP4_STATE_KEY}"
 
 
@@ -71,81 +65,28 @@ def assemble(
     if quant not in QUANTIZATIONS:
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
     source, hf_config, tokenizer = _open(path)
-    wrapper: str | None = None
-    if str(hf_config.get("model_type")) in WRAPPERS:
-        wrapper = hf_config["model_type"]
+    if is_wrapper(hf_config):
         source = TextTower(source)
-        _tell_left_out(wrapper, source.left_out)
-        hf_config = text_config(hf_config, ignore_config)
-    config_class, decoder_class = architecture_of(hf_config)
-    check_quantization(hf_config)
+        _tell_left_out(hf_config["model_type"], source.left_out)
+    described = describe_config(hf_config, source.names, ignore_config)
     _check_stored_quantization(source)
-    check_layers(hf_config, source.names)
-    config = config_class.from_hf(hf_config, ignore_config)
-    if config.tie_word_embeddings and _has_own_head(source):
-        config = replace(config, tie_word_embeddings=False)
+    if described.wrapper is not None or described.config.tie_word_embeddings:
+        # The tensors know better: a config may tie a head that has a matrix of its own.
+        config = replace(described.config, tie_word_embeddings=not _has_own_head(source))
+        described = replace(described, config=config)
 
     def projection(module_path: str, in_features: int, out_features: int, bias: bool) -> Projection:
         stored = f"{module_path}.weight{_BNB_MARK}" in source.names
         kind = Linear4bit if stored or quant == "nf4" else Linear
         return kind(in_features, out_features, bias)
 
-    with torch.device("meta"):
-        network = decoder_class(config, projection)
+    network = meta_network(described, projection)
     _fill(network, source, device, dtype)
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)
-    return Assembled(network.eval(), hf_config, tokenizer, is_quantized, wrapper)
-
-
-def architecture_of(hf_config: dict[str, Any]) -> tuple[Any, Callable[..., Decoder]]:
-    """Config and decoder of a text model's config.json. Raises UnsupportedConfig."""
-    model_type = hf_config.get("model_type")
-    found = ARCHITECTURES.get(str(model_type))
-    if found is None:
-        raise UnsupportedConfig(
-            f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}, "
-            f"and the text models of {' and '.join(WRAPPERS)}"
-        )
-    return found
-
-
-def check_layers(hf_config: dict[str, Any], names: Collection[str] | None = None) -> None:
-    """Before anything is made for each layer: their number as config.json has it, against the
-    tensors' names if these are known. Raises UnsupportedConfig, CheckpointMismatch.
-    """
-    num_layers = hf_config.get("num_hidden_layers")
-    if not isinstance(num_layers, int | float):  # a config of its own says what is wrong with it
-        return
-    if num_layers > MAX_LAYERS:
-        raise UnsupportedConfig(
-            f"config.json asks for {num_layers} layers, more than the {MAX_LAYERS} of any model"
-        )
-    if names is None:
-        return
-    found = {int(match[1]) for match in map(_LAYER.match, names) if match}
-    stored = max(found, default=-1) + 1
-    if num_layers > stored:
-        raise CheckpointMismatch(
-            f"config.json asks for {num_layers} layers, and the weights are of {stored}"
-        )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a folder, with the model_type that Transformers builds it from.
-
-    Raises UnknownModel, or UnsupportedConfig if unreadable.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        raise UnknownModel(f"{path} holds no config.json; expected a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedConfig(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UnsupportedConfig(f"{file} holds a {type(config).__name__}, expected an object")
-    return as_auto_config(config)
+    return Assembled(
+        network.eval(), described.hf_config, tokenizer, is_quantized, described.wrapper
+    )
 
 
 def _open(path: Path) -> tuple[Source, dict[str, Any], Tokenizer | None]:
@@ -167,18 +108,6 @@ def _tell_left_out(model_type: str, names: Sequence[str]) -> None:
         f"{len(names)} tensors ({', '.join(parts) or 'none are there'})",
         stacklevel=4,
     )
-
-
-def check_quantization(hf_config: dict[str, Any]) -> None:
-    """Raise UnsupportedConfig for stored weights of a kind that sloth does not read."""
-    settings = checked("quantization_config", hf_config.get("quantization_config"), OBJECT) or {}
-    method = settings.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or settings.get("load_in_8bit"):
-        kind = "8-bit" if method == "bitsandbytes" else method
-        raise UnsupportedConfig(
-            f"the weights are quantized with {kind}; sloth reads 16 and 32-bit weights and "
-            "bitsandbytes 4-bit NF4. Load the unquantized model, with quant='nf4' to save memory"
-        )
 
 
 def _check_stored_quantization(source: Source) -> None:

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sloth.assemble import architecture_of, check_layers, check_quantization, read_config
+from sloth.architecture import describe, meta_network
 from sloth.dtypes import resolve_dtype
-from sloth.formats.gguf import GGUFFile
 from sloth.formats.hub import resolve
-from sloth.formats.wrapper import WRAPPERS, text_config
 from sloth.kernels.dispatch import has_twin
 from sloth.kernels.fp8 import check_base_compute
 from sloth.linear import Linear, Projection
@@ -115,22 +112,15 @@ def on_meta(
     ignore_config: Sequence[str] = (),
 ) -> tuple[Decoder, bool]:
     """The network of a folder or .gguf file without its weights, and whether it is in 4 bits."""
-    hf_config: dict[str, Any] = GGUFFile(path).config if path.is_file() else read_config(path)
-    if str(hf_config.get("model_type")) in WRAPPERS:
-        hf_config = text_config(hf_config, ignore_config)
-    config_class, decoder_class = architecture_of(hf_config)
-    check_quantization(hf_config)
-    check_layers(hf_config)
-    config = config_class.from_hf(hf_config, ignore_config)
-    is_4bit = quant == "nf4" or bool(hf_config.get("quantization_config"))
+    described = describe(path, ignore_config)
+    is_4bit = quant == "nf4" or described.is_quantized
     kind = Linear4bit if is_4bit else Linear
 
     def projection(_: str, in_features: int, out_features: int, bias: bool) -> Projection:
         return kind(in_features, out_features, bias)
 
-    with torch.device("meta"):
-        network = decoder_class(config, projection)
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(dtype)
+    network = meta_network(described, projection)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
     network.set_level("ops")
     return network, is_4bit

@@ -75,6 +75,12 @@ def save_tiny_wrapper(model_type: str, folder: Path, text: dict[str, Any]) -> Pa
     return folder
 
 
+def hf_ties(model_type: str, text: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether a wrapper's config ties the head where it does not say so: it, and its text model."""
+    config = AutoConfig.for_model(model_type, text_config=dict(text))
+    return config.tie_word_embeddings, config.get_text_config().tie_word_embeddings
+
+
 @torch.no_grad()
 def hf_wrapper_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [B, T, V] of a multimodal model that is shown text alone, in eager mode."""

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth.data",),
     ("sloth.infer",),
     ("sloth.train",),
+    ("sloth.architecture",),
     ("sloth.assemble",),
     (
         "sloth.exporting",

@@ -8,16 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from pydantic import create_model
 
+from sloth.commands.arguments import config_path
 from sloth.commands.base import parse
-from sloth.data.settings import OnLong, TrainOn
-from sloth.train.config import ObjectiveName, TrainConfig, load_config
+from sloth.redact import Redactor
+from sloth.train.config import TrainConfig, load_config, with_overrides
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
+
+
+# Those of a run's settings that decide what its data become.
+_SETTINGS = (
+    *("max_length", "on_long", "train_on", "packing", "skip_bad", "objective", "columns"),
+    *("batch_size", "grad_accum"),
+)
+if TYPE_CHECKING:
+    Settings = TrainConfig
+else:  # their flags are read and described as those of `sloth train`
+    _FIELDS = {name: TrainConfig.model_fields[name] for name in _SETTINGS}
+    Settings = create_model("Settings", **{k: (f.annotation, f) for k, f in _FIELDS.items()})
 
 
 @dataclass(frozen=True)
@@ -29,38 +43,22 @@ class Check:
     hf://datasets/OWNER/NAME."""
     model: str
     """Alias, hub repository id, folder, or .gguf file; its tokenizer and template are used."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
     config: Path | None = None
     """YAML file of settings, as for `sloth train`; flags win over it."""
-    max_length: int | None = None
-    """Tokens of an example at most."""
-    on_long: OnLong | None = None
-    """What becomes of longer ones."""
-    train_on: TrainOn | None = None
-    """What is trained."""
-    packing: bool = False
-    """Put several examples into a row."""
-    skip_bad: bool = False
-    """Leave malformed rows out and count them."""
-    objective: ObjectiveName | None = None
-    """What the data are for: dpo and orpo read preference pairs."""
-    columns: dict[str, str] | None = None
-    """Which column holds which field, as in --columns prompt question completion answer."""
-    batch_size: int | None = None
-    """Rows of one forward pass."""
-    grad_accum: int | None = None
-    """Forward passes of one step."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
-    def settings(self) -> TrainConfig:
-        """The run's settings."""
-        names = (
-            *("max_length", "on_long", "train_on", "objective", "columns"),
-            *("batch_size", "grad_accum"),
-        )
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        given |= {name: True for name in ("packing", "skip_bad") if getattr(self, name)}
-        return load_config(self.config, given)
+
+def _read(arguments: Sequence[str]) -> tuple[Check, TrainConfig]:
+    """The flags, and the settings that they and the file come to."""
+    from_file = load_config(config_path(arguments))
+    values = {name: getattr(from_file, name) for name in _SETTINGS}
+    shown = Settings.model_construct(**Redactor().value(values))  # by --help, as defaults
+    parsed = parse(Check, "data check", arguments, Check(tyro.MISSING, tyro.MISSING, shown))
+    flags = {name: getattr(parsed.settings, name) for name in _SETTINGS}
+    changed = {name: flag for name, flag in flags.items() if flag != getattr(shown, name)}
+    return parsed, with_overrides(from_file, changed, origin="flag")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -69,8 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         found = repr(arguments[0]) if arguments else "nothing"
         raise ValueError(f"`sloth data` has one command, check; got {found}")
     rest = list(arguments[1:]) if arguments[0] == "check" else list(arguments)
-    parsed = parse(Check, "data check", rest)
-    config = parsed.settings()
+    parsed, config = _read(rest)
 
     from rich.console import Console
 
@@ -105,6 +102,7 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, *Sizes]:
     """Its tokenizer, how many parameters it has, for how many tokens and positions (None for a
     tokenizer alone). Raises UnsupportedConfig for a model that cannot be trained.
     """
+    from sloth.architecture import describe, describe_config, meta_network
     from sloth.formats.gguf import GGUFFile
     from sloth.formats.hub import resolve
     from sloth.text.tokenizer import Tokenizer
@@ -112,35 +110,13 @@ def _read_model(name: str, revision: str | None) -> tuple[Tokenizer, *Sizes]:
     path = resolve(name, revision, weights=False).path
     if path.is_file():
         file = GGUFFile(path)
-        return Tokenizer.from_files(file.tokenizer_files()), *_sizes(file.config)
-    tokenizer = Tokenizer.from_folder(path)
-    if not (path / "config.json").is_file():
-        return tokenizer, None, None, None
-    from sloth.assemble import read_config
-
-    return tokenizer, *_sizes(read_config(path))
-
-
-def _sizes(hf_config: dict[str, object]) -> Sizes:
-    """(parameters, tokens, positions) of the text model that a config.json describes."""
-    import torch
-
-    from sloth.assemble import architecture_of, check_layers
-    from sloth.formats.wrapper import WRAPPERS, text_config
-    from sloth.linear import Linear
-    from sloth.models import as_auto_config
-
-    hf_config = as_auto_config(hf_config)
-    if str(hf_config.get("model_type")) in WRAPPERS:
-        hf_config = text_config(hf_config)
-    config_class, decoder_class = architecture_of(hf_config)
-    check_layers(hf_config)
-    config = config_class.from_hf(hf_config)
-
-    def projection(_: str, in_features: int, out_features: int, bias: bool) -> Linear:
-        return Linear(in_features, out_features, bias)
-
-    with torch.device("meta"):
-        network = decoder_class(config, projection)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    return num_parameters, config.vocab_size, config.max_position_embeddings
+        tokenizer = Tokenizer.from_files(file.tokenizer_files())
+        described = describe_config(file.config, None)
+    else:
+        tokenizer = Tokenizer.from_folder(path)
+        if not (path / "config.json").is_file():
+            return tokenizer, None, None, None
+        described = describe(path)
+    num_parameters = sum(p.numel() for p in meta_network(described).parameters())
+    config = described.config
+    return tokenizer, num_parameters, config.vocab_size, config.max_position_embeddings

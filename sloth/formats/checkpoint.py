@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,18 @@ class SafetensorsFolder:
         info = self.names[name]
         with _damage_named(info.file), safe_open(info.file, framework="pt", device="cpu") as file:
             return file.get_tensor(name)
+
+
+def stored_names(folder: Path) -> Collection[str] | None:
+    """Names of a folder's tensors, without reading any: those of the index, which may be there
+    before its shards are, else of the one file; None where there is neither.
+
+    Raises CheckpointMismatch for an index or a file that is unsafe or damaged.
+    """
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if index.exists():
+        return _read_index(index).keys()
+    return read_header(single).keys() if single.is_file() else None
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -8,7 +8,7 @@ the text model are left out, by name and never in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from sloth.models.config import KeyReader
 # model_type of a wrapper -> that of its text_config, where the file does not say.
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
-# What wrappers say of images, and of the head: which one there is, the file's tensors say better.
+# What wrappers say of images, and of the head (`_is_tied`).
 _IMAGE_KEYS = """
     boi_token_id boi_token_index eoi_token_id eoi_token_index image_token_id image_token_index
     mm_tokens_per_image multimodal_projector_bias projector_hidden_act spatial_merge_size
@@ -27,6 +27,8 @@ _IMAGE_KEYS = """
 """.split()
 # Said of the whole model: above the text model's own, which files often leave at its defaults.
 _SHARED_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
+
+_TIED, _HEAD = "tie_word_embeddings", "lm_head.weight"
 
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.")
 # On disk -> in the text model. A name without any of them is the text model's own.
@@ -47,11 +49,13 @@ class Source(Protocol):
     def tensor(self, name: str) -> Tensor: ...
 
 
-def text_config(config: dict[str, Any], ignore: Iterable[str] = ()) -> dict[str, Any]:
+def text_config(
+    config: dict[str, Any], ignore: Iterable[str] = (), names: Collection[str] | None = None
+) -> dict[str, Any]:
     """The text model's config.json inside a wrapper's.
 
-    The head is said to be tied, since the two levels contradict each other in many files; whoever
-    fills the model sees whether there is a matrix of its own. Raises UnsupportedConfig.
+    names: of the text model's tensors if they are known; the head is tied where none of them is
+    its own, whatever the config says. Raises UnsupportedConfig.
     """
     keys = KeyReader(config, ignore)
     text = keys.take("text_config")
@@ -62,7 +66,20 @@ def text_config(config: dict[str, Any], ignore: Iterable[str] = ()) -> dict[str,
     keys.finish()
     shared = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
     kind = {"model_type": WRAPPERS[keys.model_type]}
-    return kind | text | shared | {"tie_word_embeddings": True}
+    tied = _is_tied(config, text) if names is None else _HEAD not in names
+    return kind | text | shared | {_TIED: tied}
+
+
+def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool | None:
+    """Whether the head is the embedding, by config.json alone; None for the text model's default.
+
+    The two levels contradict each other in many files. The text model's own word counts, as up to
+    Transformers 4; since 5 the wrapper's class says true of itself wherever a file does not, and
+    writes that into files with a head of their own. Ministral 3 says true of its 3B text model and
+    nothing elsewhere, Mistral Small nothing at all: its head is not tied, as Mistral's default is.
+    """
+    said = (level.get(_TIED) for level in (text, config))
+    return next((value for value in said if value is not None), None)
 
 
 class TextTower:

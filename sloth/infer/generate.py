@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
 from sloth.kernels.dispatch import ops_of
 from sloth.kernels.ops.nf4_matvec import serves
 from sloth.lora import projections
+from sloth.machine import GIB, free_host_gib
 from sloth.models.cache import KVCache
 from sloth.models.decoder import Decoder
 from sloth.quant.linear4bit import Linear4bit
@@ -134,10 +134,5 @@ def dequantised_while_generating(network: Decoder, dtype: torch.dtype, rows: int
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # a platform that does not tell: keep the codes
-        return 0
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    free_gib = free_host_gib()
+    return 0 if free_gib is None else int(free_gib * GIB)  # a system that is silent: keep the codes

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from sloth.infer.text import Prompt, encode_prompt
 from sloth.models.mode import evaluating
 
 if TYPE_CHECKING:
+    from sloth.models.decoder import Decoder
     from sloth.text.tokenizer import Tokenizer
 
 
@@ -47,12 +48,9 @@ def eval_batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list
 
 @torch.no_grad()
 def summed(
-    batches: Iterable[list[int]], measure: Callable[[list[int]], Tensor], network: Any
+    batches: Iterable[list[int]], measure: Callable[[list[int]], Tensor], network: Decoder
 ) -> list[float]:
-    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass.
-
-    network: a Decoder.
-    """
+    """Loss and metrics of all passes, added up; each is a share already. Empty for no pass."""
     with evaluating(network), network.as_stored():
         measured = [measure(rows).tolist() for rows in batches]
         return [math.fsum(shares) for shares in zip(*measured, strict=True)]
@@ -78,7 +76,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
 
 
 def sample_answers(
-    network: Any,
+    network: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     num_tokens: int,

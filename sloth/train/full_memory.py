@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sloth.errors import BudgetTooSmall
 from sloth.machine import free_host_gib
+from sloth.models.decoder import Decoder
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.masters import SIXTEEN_BITS
 from sloth.train.memory import FRAGMENTATION, Plan, device_budget_gib
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import moment_bytes, trainable
 from sloth.train.step_memory import WORKSPACES, StepMemory
+from sloth.train.trainable import Trainable
 from sloth.units import GIB
 
 
@@ -71,7 +72,7 @@ def require_room(
         )
 
 
-def check_memory(model: Any, config: TrainConfig) -> None:
+def check_memory(model: Trainable, config: TrainConfig) -> None:
     """Raise BudgetTooSmall where the state of a full training of a loaded model will not fit."""
     if config.lora is not None or model.has_adapter or model.is_quantized:
         return
@@ -86,7 +87,7 @@ def check_memory(model: Any, config: TrainConfig) -> None:
 
 
 def full_plan(
-    network: Any, batch: int, seq: int, budget_gib: float | None, optimizer: Optimizer = "adamw"
+    network: Decoder, batch: int, seq: int, budget_gib: float | None, optimizer: Optimizer = "adamw"
 ) -> Plan:
     """The predicted peak of a step outside the fused level, where nothing is to be chosen."""
     if batch < 1 or seq < 1:
@@ -106,7 +107,7 @@ def full_plan(
     return Plan(batch, seq, (), False, sum(in_gib.values()), budget_gib, in_gib)
 
 
-def kept_bytes(network: Any, batch: int, seq: int) -> int:
+def kept_bytes(network: Decoder, batch: int, seq: int) -> int:
     """What autograd holds of all layers when the forward pass is over, parameters not counted."""
     dtype = network.model.embed_tokens.weight.dtype
     hidden = torch.empty(batch, seq, network.config.hidden_size, dtype=dtype, device="meta")

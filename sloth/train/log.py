@@ -298,12 +298,12 @@ def _lines_after(kept: bytes, before: Done) -> list[dict[str, Any]]:
     """What a checkpoint knows of the steps and evaluations after the last line that is kept."""
     told = json.loads(kept.splitlines()[-1]) if kept else {"step": 0}
     last = told["step"], told.get("event") == "eval"
-    lines: list[dict[str, Any]] = []
+    lines, eval_losses = list[dict[str, Any]](), before.eval_losses_by_step
     for step, loss in enumerate(before.losses, start=1):
         if (step, False) > last:
             lines.append({"event": "step", "step": step, "loss": loss})
-        if step in before.eval_losses and (step, True) > last:
-            lines.append({"event": "eval", "step": step, "eval_loss": before.eval_losses[step]})
+        if step in eval_losses and (step, True) > last:
+            lines.append({"event": "eval", "step": step, "eval_loss": eval_losses[step]})
     return lines
 
 

@@ -11,6 +11,7 @@ from sloth.kernels.dispatch import has_twin, wiring_of
 from sloth.kernels.fp8 import TURNED_COLUMNS
 from sloth.kernels.layer import GROUPS
 from sloth.kernels.stack_shape import padded
+from sloth.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class NetworkSizes:
         return max(elements, default=0) * self.element
 
     @classmethod
-    def of(cls, network: Any) -> NetworkSizes:
+    def of(cls, network: Decoder) -> NetworkSizes:
         """Read a decoder, on any device: on meta too, where nothing is loaded."""
         config, layers = network.config, [_stacks_of(block) for block in network.model.layers]
         ranks = [[tuple(map(_rank, stack)) for stack in layer] for layer in layers]
@@ -133,10 +134,10 @@ def _rank(projection: Any) -> int:
     return len(projection.lora_A.weight) if projection.has_lora else 0
 
 
-def _head_gradient(network: Any) -> int:
+def _head_gradient(network: Decoder) -> int:
     """The fp32 sum, one chunk's share of it (then the scaled sum), and a copy of W with the rows
     trained apart, or with B beside it."""
-    head = network.lm_head
+    head: Any = network.lm_head
     weight = network.model.embed_tokens.weight if head is None else head.weight
     rank = 0 if head is None or not head.has_lora else len(head.lora_A.weight)
     holder = network.model.embed_tokens if head is None else head
@@ -149,7 +150,7 @@ def _head_gradient(network: Any) -> int:
     return vocabulary * (hidden + rank) * (2 * wide + copies * weight.element_size())
 
 
-def _stored_bytes(network: Any) -> int:
+def _stored_bytes(network: Decoder) -> int:
     # A tied head that an adapter stands on is a parameter of its own in the embedding's memory.
     head = network.lm_head
     again = head.weight if head is not None and network.shares_embedding else None

@@ -33,7 +33,7 @@ from sloth.models.mode import evaluating
 from sloth.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from sloth.train.state import Trainable
+    from sloth.train.trainable import Trainable
 
 REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from sloth.errors import OutputExists, SaveFailed
 from sloth.train.run_folder import ADAPTER, MODEL, PUBLISHED, PUBLISHED_RECORD
+from sloth.train.trainable import Trainable
 
 # In the record: folders that are written or put aside, by name.
 _UNFINISHED = "unfinished"
@@ -30,7 +31,7 @@ _UNFINISHED_NAME = re.compile(rf"({'|'.join(PUBLISHED)})\.(new|old)-\d+")
 Files = dict[str, int]
 
 
-def publish_weights(model: Any, output: Path, holder: Path | None) -> dict[str, Path]:
+def publish_weights(model: Trainable, output: Path, holder: Path | None) -> dict[str, Path]:
     """Save what was trained; the folder under its name. A resumed run replaces its own.
 
     holder: a checkpoint with these weights. Raises SaveFailed, naming it, where the disk does not
@@ -79,10 +80,10 @@ def refuse_replacing(model_name: str, output: Path) -> None:
             )
 
 
-def _publish(model: Any, output: Path, name: str) -> Path:
+def _publish(model: Trainable, output: Path, name: str) -> Path:
     folder = output / name
     fresh, aside = _free_names(folder)
-    save: Callable[[Path], Any] = model.save_adapter if name == ADAPTER else model.save_merged
+    save: Callable[[Path], object] = model.save_adapter if name == ADAPTER else model.save_merged
     known = {key: held for key, held in _record(output).items() if key in PUBLISHED}
     in_work = {_UNFINISHED: [fresh.name, aside.name]}
     try:

@@ -19,11 +19,12 @@ from sloth.train.full_memory import check_memory
 from sloth.train.optim import eight_bit_library
 from sloth.train.run_folder import SETTINGS
 from sloth.train.trackers import require_trackers
+from sloth.train.trainable import Trainable
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def check_settings(model: Any, config: TrainConfig) -> None:
+def check_settings(model: Trainable, config: TrainConfig) -> None:
     """Raise ValueError, AdapterMismatch or BudgetTooSmall for settings that cannot be honoured
     here, whatever the data are.
     """
@@ -34,7 +35,7 @@ def check_settings(model: Any, config: TrainConfig) -> None:
     check_optimizer(config)
 
 
-def check_model(model: Any, config: TrainConfig) -> None:
+def check_model(model: Trainable, config: TrainConfig) -> None:
     """Raise ValueError or AdapterMismatch for settings that this model cannot honour."""
     if config.quant is not None and not model.is_quantized:
         raise ValueError(
@@ -96,7 +97,9 @@ def seeded(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def planned_within(model: Any, memory_gib: float | None, batch: int, seq: int) -> Iterator[None]:
+def planned_within(
+    model: Trainable, memory_gib: float | None, batch: int, seq: int
+) -> Iterator[None]:
     """Inside, plans keep to this budget, if there is one. Raises BudgetTooSmall where it does not
     hold one for this shape, KernelUnavailable below the fused level, which plans nothing.
     """

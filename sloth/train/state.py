@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from sloth import __version__
 from sloth.formats.tensor_file import num_bytes
@@ -24,7 +22,6 @@ from sloth.redact import Redactor
 from sloth.train import checkpoint
 from sloth.train.config import TrainConfig
 from sloth.train.evaluate import best_step
-from sloth.train.facts import Training
 from sloth.train.identity import Identity, base_fingerprint, refuse_changes
 from sloth.train.masters import Masters
 from sloth.train.optim import (
@@ -39,47 +36,7 @@ from sloth.train.records import Progress
 from sloth.train.run import write_settings
 from sloth.train.run_folder import checkpoint_name, step_of
 from sloth.train.saving import Saver
-
-if TYPE_CHECKING:
-    from sloth.text.tokenizer import Tokenizer
-
-
-class Trainable(Protocol):
-    """What the trainer asks of a model; `sloth.Model` has it."""
-
-    network: Any
-    name: str
-    revision: str | None
-    training: Training | None
-    is_quantized: bool
-    level_reason: str
-    lora_config: LoraConfig | None
-
-    @property
-    def level(self) -> str: ...
-    @property
-    def planner(self) -> Any: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def has_adapter(self) -> bool: ...
-    def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        positions: Tensor | None = None,
-        num_trained: int | Tensor | None = None,
-    ) -> Tensor: ...
-    def logprobs(
-        self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
-    ) -> Tensor: ...
-    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Any: ...
-    def adapter_off(self) -> AbstractContextManager[None]: ...
-    def add_lora(self, config: LoraConfig | None = None) -> Any: ...
-    def save_adapter(self, folder: Path) -> Any: ...
-    def save_merged(self, folder: Path) -> Any: ...
+from sloth.train.trainable import Trainable
 
 
 class TrainState:

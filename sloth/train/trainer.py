@@ -49,9 +49,10 @@ from sloth.train.run import check_settings, planned_within, seeded, write_settin
 from sloth.train.run_folder import FACTS, METRICS, SETTINGS
 from sloth.train.saving import Saver
 from sloth.train.signals import StopRequest
-from sloth.train.state import Trainable, TrainState
+from sloth.train.state import TrainState
 from sloth.train.timetable import Timetable
 from sloth.train.trackers import build_trackers
+from sloth.train.trainable import Trainable
 
 __all__ = ["Trainable", "TrainReport", "Trainer"]
 

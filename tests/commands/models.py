@@ -15,7 +15,11 @@ TEXTS = [{"text": "one two three " * n} for n in (1, 3, 9, 2, 5, 14, 4, 1, 7, 6,
 
 def save_tiny_model(folder: Path) -> Path:
     """A random tiny Llama that reads ASCII, a token each character."""
-    save_tiny_llama(folder)
+    return save_tokenizer(save_tiny_llama(folder))
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A tokenizer of characters beside a tiny model."""
     letters = [chr(code) for code in range(32, 127)]
     ids = {text: index for index, text in enumerate([*SPECIALS, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=SPECIALS[0]))

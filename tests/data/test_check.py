@@ -97,6 +97,28 @@ def test_row_31_malformed_rows_are_refused_or_counted_and_named(file, capsys):
     assert f"WARNING: 2 of 14 rows are malformed and left out (14.3%); first {file}:13: " in said
 
 
+def test_flags_win_over_the_file_whichever_way_they_turn_a_setting(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("packing: true\nskip_bad: false\nmax_length: 60\nlr: 1.0e-3\n")
+    command = ["rows.jsonl", "--model", "m"]
+    for flags, expected in (
+        ([], (True, False, 60)),
+        (["--no-packing", "--skip-bad"], (False, True, 60)),
+        (["--max-length", "2048", "--no-skip-bad"], (True, False, 2048)),
+    ):
+        parsed, config = data_command._read([*command, "--config", str(file), *flags])
+        assert (
+            config.packing,
+            config.skip_bad,
+            config.max_length,
+        ) == expected and config.lr == 1e-3
+        assert (parsed.data, parsed.model) == ("rows.jsonl", "m")
+    assert data_command._read(command)[1] == TrainConfig()
+    columns = ["--columns", "prompt", "question", "--objective", "dpo"]
+    given = data_command._read([*command, *columns])[1]
+    assert given == TrainConfig(columns={"prompt": "question"}, objective="dpo")
+
+
 def test_its_counts_are_those_of_the_run(file, tmp_path):
     config = TrainConfig(max_length=120, packing=True, output=tmp_path / "run")
     check = check_data(str(file), FakeTokenizer(), config)

@@ -10,7 +10,7 @@ import torch
 import sloth
 from sloth.infer import generate as generate_module
 from sloth.infer.decode import FixedStep
-from sloth.infer.generate import generate_tokens
+from sloth.infer.generate import dequantised_while_generating, generate_tokens
 from sloth.infer.text import generate_text, is_batch, ready_to_generate, stream_text
 from sloth.kernels.ops import attention as attention_module
 from sloth.lora import projections
@@ -108,6 +108,21 @@ def varied_prompt(network) -> tuple[str, str, str]:
         if whole.find(mark) == 4 and len(set(whole)) > 3:
             return first + "xq", whole, mark
     raise AssertionError("every answer of the random model repeats itself; take another seed")
+
+
+@pytest.mark.parametrize(("share", "is_dense"), [(1.01, True), (0.99, False), (None, False)])
+def test_codes_stay_where_a_copy_takes_over_half_of_what_the_host_may_still_take(
+    folder, monkeypatch, share, is_dense
+):
+    """Of what the group that a container is may take, too; and where no system says how much."""
+    network = sloth.load(folder, quant="nf4", device="cpu").network
+    packed = [m for m in projections(network).values() if isinstance(m, Linear4bit)]
+    copies_gib = sum(m.in_features * m.out_features * 4 for m in packed) / 2**30
+    free = None if share is None else 2 * copies_gib * share
+    monkeypatch.setattr(generate_module, "free_host_gib", lambda: free)
+    with dequantised_while_generating(network, torch.float32, rows=2):
+        assert packed and all(isinstance(m.base, torch.Tensor) == is_dense for m in packed)
+    assert not any(isinstance(m.base, torch.Tensor) for m in packed)
 
 
 def test_stop_texts_cut_the_answer(network):

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sloth.errors import KernelUnavailable
 from sloth.lora_config import LoraConfig
+from sloth.train.facts import Training
+from sloth.train.memory import Plan
+from sloth.train.trainable import Trainable
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "start": "<|start|>", "end": "<|end|>"}
 ROWS = [
@@ -73,7 +76,8 @@ class FakeTokenizer:
 class FakeTemplate:
     def __init__(self, template: Callable[..., str]) -> None:
         self._template = template
-        self.source, self.named, self.special_tokens = template.__name__, {}, SPECIALS
+        self.source, self.special_tokens = template.__name__, SPECIALS
+        self.named: dict[str, str] = {}
 
     def render(
         self, messages: list[dict], tools: Any = None, add_generation_prompt: bool = False
@@ -152,16 +156,19 @@ class FakeModel:
     """Keeps to what `sloth.Model` offers the trainer. calls: what was saved, in order."""
 
     level, level_reason = "reference", "it is a fake"
-    planner = SimpleNamespace(memory_gib=None, forget=lambda: None)
+    planner: Any = SimpleNamespace(memory_gib=None, forget=lambda: None)
 
     def __init__(self, seed: int = 0, is_quantized: bool = False, device: str = "cpu") -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.tokenizer = FakeTokenizer()
-            self.network = FakeNetwork(self.tokenizer.vocab_size, 16).to(device)
+            # Of what these two are, training asks for a part.
+            self.tokenizer: Any = FakeTokenizer()
+            self.network: Any = FakeNetwork(self.tokenizer.vocab_size, 16).to(device)
         self.network.requires_grad_(not is_quantized)
         self.device = torch.device(device)
-        self.name, self.revision = "fake", None
+        self.name = "fake"
+        self.revision: str | None = None
+        self.training: Training | None = None
         self.is_quantized = is_quantized
         self.lora_config: LoraConfig | None = None
         self.calls: list[str] = []
@@ -207,7 +214,7 @@ class FakeModel:
             labels = labels.masked_fill(positions.to(self.device) == 0, -100)
         return self.network(tokens, positions)[:, :-1], labels[:, 1:]
 
-    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Any:
+    def plan(self, *, batch: int, seq: int, memory_gib: float | None = None) -> Plan:
         raise KernelUnavailable("memory_gib: a fake plans nothing")
 
     @contextmanager
@@ -227,3 +234,7 @@ class FakeModel:
         folder.mkdir(parents=True)
         (folder / "weights.txt").write_text(what)
         return folder
+
+
+if TYPE_CHECKING:  # mypy, which reads this file too, says where the fake lacks what training asks
+    _asked: Trainable = FakeModel()

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from sloth import __version__
+from sloth.constants import GIB
 from sloth.errors import KernelUnavailable
-from sloth.units import GIB
 
 
 def describe_machine() -> dict[str, str]:

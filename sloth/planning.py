@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sloth.constants import GIB
 from sloth.errors import BudgetTooSmall
 from sloth.kernels.context import POLICIES, Keep
 from sloth.machine import free_host_gib, processes_here
@@ -20,7 +21,6 @@ from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
 from sloth.train.memory import Plan, device_budget_gib, make_plan, with_residents
 from sloth.train.network_sizes import NetworkSizes
-from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.model import Model

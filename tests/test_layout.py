@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sloth",),  # __init__: names only, resolved on first use
     (
         *("sloth.errors", "sloth.lora_config", "sloth.dtypes", "sloth.machine", "sloth.names"),
-        *("sloth.labels", "sloth.quiet", "sloth.redact", "sloth.units"),
+        *("sloth.constants", "sloth.quiet", "sloth.redact"),
     ),
     ("sloth.kernels",),
     ("sloth.linear", "sloth.embedding"),

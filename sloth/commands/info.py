@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sloth.commands.base import ModelCommand, parse, print_rows
-from sloth.units import GIB
+from sloth.constants import GIB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sloth.constants import IGNORE_INDEX
 from sloth.data.examples import Example
-from sloth.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

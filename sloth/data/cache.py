@@ -32,10 +32,10 @@ import sentencepiece
 import tokenizers
 
 from sloth import __version__
+from sloth.constants import GIB
 from sloth.data.examples import Examples, map_shard
 from sloth.errors import CheckpointMismatch
 from sloth.machine import cache_root
-from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sloth.constants import GIB
 from sloth.data.batches import (
     Batch,
     StepPlan,
@@ -45,7 +46,6 @@ from sloth.data.settings import ROW_FIELDS, DataSettings, OnLong, TrainOn
 from sloth.data.sources import Placed, Rows, Source, open_rows
 from sloth.errors import DataError
 from sloth.names import refuse_unknown
-from sloth.units import GIB
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sloth.constants import IGNORE_INDEX
 from sloth.data.examples import Example
 from sloth.data.masks import Conversation, MaskDisagreement, Rendering, Span, TemplateShapes
 from sloth.data.preference import PREFERENCE, read_pair
@@ -42,7 +43,6 @@ from sloth.data.settings import TrainOn
 from sloth.data.sources import Malformed, Placed
 from sloth.data.tool_calls import are_written, require_calls_written
 from sloth.errors import DataError, TokenizerMissing
-from sloth.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer

@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sloth.constants import IGNORE_INDEX
 from sloth.formats.tensor_file import write_tensors
-from sloth.labels import IGNORE_INDEX
 
 SHARD_TOKENS = 2**24  # 80 MiB of tokens and marks: the most that preparing a file holds at once
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from sloth.constants import IGNORE_INDEX
 from sloth.data.dataset import Dataset
 from sloth.data.examples import Example
-from sloth.labels import IGNORE_INDEX
 from sloth.redact import Redactor
 
 if TYPE_CHECKING:

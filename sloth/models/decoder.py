@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sloth.constants import IGNORE_INDEX
 from sloth.embedding import Embedding, TokenRows
 from sloth.kernels.ahead import compile_ahead
 from sloth.kernels.context import BlockContext, Keep
@@ -26,7 +27,6 @@ from sloth.kernels.ops.attention_layout import AttentionLayout, document_bounds,
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES, TrainedRows
 from sloth.kernels.ops.lora_linear import row_gains
 from sloth.kernels.recording import Recorder
-from sloth.labels import IGNORE_INDEX
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sloth.labels import IGNORE_INDEX
+from sloth.constants import IGNORE_INDEX
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

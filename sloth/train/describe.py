@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from sloth.constants import MIB
 from sloth.data.show import describe_first_row, warnings_of
 from sloth.formats.tensor_file import num_bytes
 from sloth.train.checkpoint import newer_than
 from sloth.train.optim import kind_of, rate_scales
-from sloth.units import MIB
 
 if TYPE_CHECKING:
     from sloth.train.trainer import Trainer

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from sloth.constants import GIB
 from sloth.errors import BudgetTooSmall
 from sloth.machine import free_host_gib
 from sloth.models.decoder import Decoder
@@ -30,7 +31,6 @@ from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import moment_bytes, trainable
 from sloth.train.step_memory import WORKSPACES, StepMemory
 from sloth.train.trainable import Trainable
-from sloth.units import GIB
 
 
 def state_bytes_of(network: nn.Module, optimizer: Optimizer = "adamw") -> dict[str, int]:

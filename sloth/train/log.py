@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from sloth.constants import GIB
 from sloth.data.show import named_rows, without_secrets
 from sloth.quiet import QuietStream
 from sloth.redact import Redactor
@@ -33,7 +34,6 @@ from sloth.train.callbacks import Callback
 from sloth.train.plot import ASCII_BLOCKS, BLOCKS, sparkline
 from sloth.train.records import EvalRecord, StepRecord
 from sloth.train.records import Progress as Done
-from sloth.units import GIB
 
 MAX_PLAIN_LINES = 100
 SPARKLINE_WIDTH = 60

@@ -28,11 +28,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sloth.constants import GIB
 from sloth.kernels.context import POLICIES, Keep
 from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.step_memory import FRAGMENTATION, StepMemory
-from sloth.units import GIB
 
 # Rates that weigh one kind of work against another (H100: TFLOP/s of products and of attention).
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12

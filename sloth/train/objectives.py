@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from sloth.constants import IGNORE_INDEX
 from sloth.data.batches import Batch, PairBatch
 from sloth.data.dataset import Dataset
-from sloth.labels import IGNORE_INDEX
 from sloth.models.mode import evaluating
 from sloth.train.config import TrainConfig
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from sloth.constants import MIB
 from sloth.errors import NonFiniteGradients, OutOfMemory, SaveFailed
 from sloth.formats.tensor_file import are_finite, num_bytes
 from sloth.train import checkpoint
 from sloth.train.run_folder import step_of, weights_name
-from sloth.units import MIB
 
 # Settings, counts and manifest beside the tensors. A tokenizer may take more; should that be what
 # does not fit, the save says so.

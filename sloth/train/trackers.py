@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sloth.constants import GIB
 from sloth.redact import Redactor
 from sloth.train.callbacks import Callback
 from sloth.train.records import EvalRecord, StepRecord
-from sloth.units import GIB
 
 DEFAULT_PROJECT = "sloth"
 

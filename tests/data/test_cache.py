@@ -11,10 +11,10 @@ from threading import Event
 
 import pytest
 
+from sloth.constants import GIB
 from sloth.data import cache, dataset, examples
 from sloth.data.dataset import load_data
 from sloth.text.chat import ChatTemplate
-from sloth.units import GIB
 from tests.data.test_masks import FAMILIES, SPECIAL
 from tests.train.fakes import ROWS, FakeTokenizer
 

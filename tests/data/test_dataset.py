@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from sloth import cli
 from sloth.commands.base import Loading
+from sloth.constants import IGNORE_INDEX
 from sloth.data.check import check_data
 from sloth.data.dataset import StepPlan, _pieces, collate, load_data, order
 from sloth.data.examples import Example
 from sloth.data.show import describe_row
 from sloth.errors import DataError
-from sloth.labels import IGNORE_INDEX
 from sloth.train.config import load_config
 from sloth.train.trainer import Trainer
 from tests.train.fakes import ROWS, FakeModel, FakeTokenizer

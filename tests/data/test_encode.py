@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from sloth.constants import IGNORE_INDEX
 from sloth.data.dataset import load_data
 from sloth.data.encode import encode_row
 from sloth.errors import DataError, TokenizerMissing
-from sloth.labels import IGNORE_INDEX
 from tests.train.fakes import FakeTokenizer, reasoning
 
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sloth
+from sloth.constants import IGNORE_INDEX
 from sloth.data import masks
 from sloth.data.dataset import load_data
 from sloth.data.encode import RowEncoder
 from sloth.data.masks import Conversation, MaskDisagreement, TemplateShapes
 from sloth.errors import DataError
 from sloth.formats.gguf import GGUFFile
-from sloth.labels import IGNORE_INDEX
 from sloth.text.chat import ChatTemplate
 from sloth.text.tokenizer import Tokenizer
 from tests.assets import LLAMA_CPP, asset, smollm2

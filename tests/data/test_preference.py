@@ -11,6 +11,7 @@ import torch
 
 from sloth import cli
 from sloth.commands import data as data_command
+from sloth.constants import IGNORE_INDEX
 from sloth.data.batches import collate_pairs
 from sloth.data.dataset import load_data
 from sloth.data.examples import Example
@@ -18,7 +19,6 @@ from sloth.data.preference import read_pair
 from sloth.data.rows import Chat, Completion
 from sloth.data.show import describe_first_row
 from sloth.errors import DataError
-from sloth.labels import IGNORE_INDEX
 from sloth.train.config import TrainConfig
 from sloth.train.trainer import Trainer
 from tests.train.fakes import PAIRS, ROWS, FakeModel, FakeTokenizer, reasoning

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sloth.constants import IGNORE_INDEX
 from sloth.kernels.ops import linear_cross_entropy as module
 from sloth.kernels.ops.linear_cross_entropy import (
     cross_entropy_in_place,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from sloth.labels import IGNORE_INDEX
 from tests import tolerance
 from tests.kernels.common import (
     GPU_DTYPES,

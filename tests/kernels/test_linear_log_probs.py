@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sloth.constants import IGNORE_INDEX
 from sloth.kernels.ops import linear_cross_entropy as shared
 from sloth.kernels.ops.linear_cross_entropy import linear_cross_entropy
 from sloth.kernels.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
-from sloth.labels import IGNORE_INDEX
 from tests import tolerance
 from tests.kernels.common import (
     GPU_DTYPES,

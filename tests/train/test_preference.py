@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import sloth
+from sloth.constants import IGNORE_INDEX
 from sloth.data.batches import collate_pairs
 from sloth.data.examples import Example
 from sloth.errors import DataError
-from sloth.labels import IGNORE_INDEX
 from sloth.lora_config import LoraConfig
 from sloth.train.config import TrainConfig
 from sloth.train.objectives import DPO, ORPO, log_odds, objective_of, preference_losses

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sloth.constants import IGNORE_INDEX
 from sloth.kernels.engine import engine_for, jit, tl
 from sloth.kernels.rows import compute_dtype, sum_over_rows
-from sloth.labels import IGNORE_INDEX
 
 # Bytes of logits held at a time. The first is the least that is quick: a plan starts from it, a
 # network without a plan takes it, and log-probabilities always do. The second is for direct calls

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sloth.constants import IGNORE_INDEX
 from sloth.kernels.ops.linear_cross_entropy import (
     TrainedRows,
     cross_entropy_in_place,
@@ -34,7 +35,6 @@ from sloth.kernels.ops.linear_cross_entropy import (
     scaled_rows,
 )
 from sloth.kernels.rows import compute_dtype, sum_over_rows
-from sloth.labels import IGNORE_INDEX
 
 
 def linear_log_probs_reference(

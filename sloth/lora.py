@@ -48,8 +48,8 @@ def attach_lora(network: Decoder, config: LoraConfig, strict: bool = True) -> li
     """Freeze the network, fill the LoRA slots that `config` names, and return their paths.
 
     The start values are those of `draw_lora` with FIRST_SEED, whatever was drawn before.
-    strict: refuse a listed target, layer or pattern that matches nothing; files written by
-    other tools may list such names, so reading an adapter passes False.
+    strict: refuse a listed target, exclusion, layer or pattern that matches nothing; files written
+    by other tools may list such names, so reading an adapter passes False.
     Raises NoTargets when nothing matches, AdapterMismatch when an adapter is already attached or
     one module is asked to be adapted in two ways.
     """
@@ -131,7 +131,9 @@ def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> l
     ]
     found = [path for path in candidates if _matches(path, config.targets)]
     listed = config.targets if isinstance(config.targets, list) else []
-    idle = [name for name in listed if not any(_matches(path, [name]) for path in every)]
+    idle = _idle(listed, every)
+    names = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in every}))
+    there = f"The model has {names}, in {network.config.num_hidden_layers} layers."
     if not found or (strict and idle):
         what = f"targets {idle!r}" if idle else f"targets={config.targets!r}"
         limits = "".join(
@@ -139,15 +141,23 @@ def target_paths(network: Decoder, config: LoraConfig, strict: bool = True) -> l
             for name, value in (("exclude", config.exclude), ("layers", config.layers))
             if value is not None
         )
-        names = sorted({path.rsplit(".", 1)[-1] for path in every})
         raise NoTargets(
-            f"{what}{limits} match no projection. The model has {', '.join(names)}, in "
-            f"{network.config.num_hidden_layers} layers. (embed_tokens and lm_head can also be "
+            f"{what}{limits} match no projection. {there} (embed_tokens and lm_head can also be "
             "trained in full through modules_to_save.)"
         )
     if strict:
+        kept = _idle(config.exclude, every, "exclude")
+        if kept:
+            raise NoTargets(f"exclude {kept} matches no projection. {there}")
         _refuse_idle(network, config, found)
     return found
+
+
+def _idle(rule: str | list[str] | None, paths: list[str], setting: str = "targets") -> list[str]:
+    """What matches none of these modules: of a list its names, or the one regular expression."""
+    if isinstance(rule, str):
+        return [] if any(_matches(path, rule, setting) for path in paths) else [rule]
+    return [name for name in rule or [] if not any(_matches(path, [name]) for path in paths)]
 
 
 def _refuse_idle(network: Decoder, config: LoraConfig, found: list[str]) -> None:

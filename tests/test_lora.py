@@ -232,6 +232,10 @@ def test_switched_off_adapter_leaves_the_base(folder):
         dict(rank_pattern={"typo_proj": 2}),
         dict(targets=["q_proj"], alpha_pattern={"q_proj": 2, "v_proj": 3}),
         dict(exclude=r".*"),
+        dict(exclude=["up_proj", "typo_proj"]),
+        dict(exclude=["mlp"]),
+        dict(exclude=r".*\.9\..*"),
+        dict(targets=["q_proj"], exclude="typo_proj"),
     ],
 )
 def test_targets_that_match_nothing_are_refused_with_what_exists(folder, config):
@@ -248,8 +252,16 @@ def test_what_an_adapter_file_lists_in_vain_is_no_obstacle(folder, tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     written = json.loads(config.read_text())
     written |= {"rank_pattern": {"typo_proj": 2}, "layers_to_transform": [0, 1, 2, 3, 99]}
-    config.write_text(json.dumps(written))
-    assert sloth.load(folder, adapter=tmp_path / "adapter", device="cpu").has_adapter
+    for excluded in (["typo_proj"], r"vision_tower\..*"):
+        config.write_text(json.dumps(written | {"exclude_modules": excluded}))
+        assert sloth.load(folder, adapter=tmp_path / "adapter", device="cpu").has_adapter
+
+
+def test_what_is_excluded_need_not_be_among_the_targets(folder):
+    """It is enough that the model has it."""
+    model = sloth.load(folder, device="cpu")
+    model.add_lora(targets=["q_proj"], exclude=["up_proj", "lm_head", "embed_tokens"])
+    assert model.has_adapter
 
 
 def test_a_refused_adapter_leaves_the_model_as_it_was(folder):

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
+from sloth.data.json_text import DECODER, DoubleKey
 from sloth.errors import DataError
 
 _MARK = "\ufeff"  # the second file's byte-order mark stands in the middle
@@ -22,9 +23,10 @@ def read_lists(
     """(place, item) of every list and object of a file that begins with a list.
 
     The place counts over the whole file. chunk_chars: how much is read at once; max_chars: how far
-    an item that does not decode is read on. Raises DataError; after it there is no way on.
+    an item that does not decode is read on. A DataError comes in the place of an item with a key
+    twice; one is raised where there is no way on.
     """
-    decoder, held, at, index, is_over, lines = json.JSONDecoder(), "", 0, 0, False, 1
+    held, at, index, is_over, lines = "", 0, 0, False, 1
     # Then "begun", after a list's bracket; "item", after a comma; "after" an item.
     state = "outside"
     while True:
@@ -50,7 +52,7 @@ def read_lists(
                 at, state = at + 1, "item"
                 continue
             try:
-                row, end = decoder.raw_decode(held, at)
+                row, end = _decoded(held, at, where)
             except RecursionError as error:
                 raise DataError(f"{where}: JSON nested too deeply") from error
             except ValueError as error:
@@ -70,3 +72,12 @@ def read_lists(
         chunk = stream.read(max(chunk_chars, len(held) - at))
         lines += held.count("\n", 0, at)
         held, at, is_over = held[at:] + chunk, 0, not chunk
+
+
+def _decoded(held: str, at: int, where: str) -> tuple[Any, int]:
+    """The item at a place, and where it ends. Raises ValueError, RecursionError."""
+    try:
+        return DECODER.raw_decode(held, at)
+    except DoubleKey as error:
+        _, end = json.JSONDecoder().raw_decode(held, at)
+        return DataError(f"{where}: {error}"), end

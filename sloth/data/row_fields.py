@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from sloth.data.json_text import DECODER
 from sloth.errors import DataError
 
 Message = dict[str, Any]
@@ -195,7 +196,7 @@ def as_text(value: Any, where: str, expected: str = "a text") -> str:
 
 def _from_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected JSON: {error}") from error
 

@@ -16,7 +16,6 @@ its place; what leaves no way on (a broken list, a damaged file) is raised.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sloth.data.json_lists import read_lists
+from sloth.data.json_text import DECODER, DoubleKey
 from sloth.errors import DataError
 from sloth.formats.hub import fetch_dataset
 
@@ -273,11 +273,14 @@ def _read_jsonl(file: Path) -> Iterator[Placed]:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line)
     except RecursionError:
         return _malformed(where, "JSON nested too deeply")
+    except DoubleKey as error:
+        return _malformed(where, str(error))
     except ValueError as error:
-        return _malformed(where, f"expected one JSON object on the line: {error}")
+        mark = " (a byte-order mark)" if line.startswith("\ufeff") else ""
+        return _malformed(where, f"expected one JSON object on the line: {error}{mark}")
     if isinstance(row, list):
         return _malformed(where, "expected one JSON object per line, got a JSON list")
     return row
@@ -292,7 +295,8 @@ def _read_json(file: Path) -> Iterator[Placed]:
         return
     with file.open(encoding="utf-8-sig") as text:
         try:
-            yield from read_lists(text, str(file), _CHUNK_BYTES, MAX_ROW_CHARS)
+            for where, row in read_lists(text, str(file), _CHUNK_BYTES, MAX_ROW_CHARS):
+                yield where, Malformed(row) if isinstance(row, DataError) else row
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8: {error.reason}") from error
 

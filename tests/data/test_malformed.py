@@ -30,8 +30,11 @@ BAD = [
     (b'{"question": "hi"}', "found 'question'"),
     (b"null", "expected an object, got null"),
     (b'"text"', "expected an object, got a text"),
-    (b"\xef\xbb\xbf" + GOOD, "one JSON object on the line"),  # a mark is for the first line
+    (b"\xef\xbb\xbf" + GOOD, "a byte-order mark"),  # a mark is for the first line
     (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+    (b'{"text": "a", "text": "b"}', "an object has the key 'text' twice"),
+    (b'{"messages": [{"role": "user", "role": "assistant"}]}', "the key 'role' twice"),
+    (b'{"text": "a", "k": {"a": 1, "b": 2, "a": 1, "a": 1}}', "the key 'a' 3 times"),
 ]
 
 
@@ -122,6 +125,7 @@ def test_row_31_all_malformed_or_none_at_all_is_refused(tmp_path):
     [
         ("a.csv", b'text\nok\na,b\n"ok" x\nok\n'),
         ("a.json", b'[{"text": "ok"}, 3, {"text": null}, {"text": "ok"}]'),
+        ("b.json", b'[{"text": "ok"}, {"a": 1, "a": 2}] {"b": [{"": 1, "": 1}]} [{"text": "ok"}]'),
         ("a.txt", b"ok\n\xff\n\xff\nok\n"),
     ],
 )
@@ -130,6 +134,25 @@ def test_row_31_every_kind_of_file_goes_on_after_a_malformed_row(tmp_path, name,
     data = load(tmp_path / name, skip_bad=True)
     assert (data.counts.rows, data.counts.malformed) == (2, 2)
     assert data.examples[0] == data.examples[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_key_that_a_list_item_has_twice_is_named_wherever_the_file_is_cut(
+    tmp_path, monkeypatch, chunk
+):
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk)
+    (tmp_path / "a.json").write_text('[{"text": "a", "text": "b", "more": "c"}, {"text": "ok"}]')
+    with pytest.raises(DataError, match=r"a\.json\[0\]: an object has the key 'text' twice"):
+        load(tmp_path / "a.json")
+    data = load(tmp_path / "a.json", skip_bad=True)
+    assert (data.counts.rows, data.counts.malformed) == (1, 1)
+
+
+def test_a_key_that_json_in_a_cell_has_twice_is_refused():
+    """As CSV files and OpenAI's calls hold objects."""
+    messages = '[{"role": "user", "content": "a", "content": "b"}]'
+    with pytest.raises(DataError, match=r"data\[0\]: messages: expected JSON: .*'content' twice"):
+        load([{"messages": messages}])
 
 
 @pytest.mark.parametrize("content", [b'[{"text": "ok"} {"text": "b"}]', b'[{"text": "ok"}, {"te'])

@@ -129,11 +129,12 @@ def _check_stored_quantization(source: Source) -> None:
 
 def _has_own_head(source: Source) -> bool:
     """Whether a file whose config ties the head still holds another matrix for it."""
-    if "lm_head.weight" not in source.names:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head not in source.names:
         return False
-    return not torch.equal(
-        source.tensor("lm_head.weight"), source.tensor("model.embed_tokens.weight")
-    )
+    if embedding not in source.names:  # which `_fill` then misses, by name
+        return True
+    return not torch.equal(source.tensor(head), source.tensor(embedding))
 
 
 def _fill(network: Decoder, source: Source, device: torch.device, dtype: torch.dtype) -> None:

@@ -186,6 +186,13 @@ def test_a_head_stored_beside_a_tied_config_is_used(copy):
     assert not model.network.tied
 
 
+def test_a_head_without_an_embedding_to_be_tied_to_is_refused_by_name(copy):
+    edit_config(copy, tie_word_embeddings=True)
+    rewrite(copy, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(errors.CheckpointMismatch, match=r"missing tensors: model\.embed_tokens"):
+        sloth.load(copy, device="cpu")
+
+
 def test_cuda_asked_for_and_absent_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(errors.KernelUnavailable, match="CUDA"):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sloth.text.tokenizer import Tokenizer
 
 MIN_CACHED_BYTES = 2**20
-ENCODING_VERSION = 5  # raise it when the same rows and settings come to other tokens or labels
+ENCODING_VERSION = 6  # raise it when the same rows and settings come to other tokens or labels
 
 DEFAULT_GIB = 20.0
 

@@ -3,8 +3,8 @@
 CSV and some Parquet files hold lists as JSON text; Parquet fills fields that a message lacks with
 null. Both are undone here. OpenAI's spellings become what templates are written for: content in
 parts is joined, a call's arguments in JSON text become the object. A message that is marked as not
-to be trained (`weight`, `train`) keeps a weight of 0. Raises DataError with place, field and what
-was expected.
+to be trained (`weight`, `train`) keeps a weight of 0; `train` cannot add one of another role than
+assistant to what is trained. Raises DataError with place, field and what was expected.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def as_turns(value: list[Any], where: str) -> list[Message]:
 def _mark(held: Message, given: Mapping[str, Any], place: str) -> None:
     """Set the weight, OpenAI's 0 or 1, from it or from Axolotl's `train`; absent without either.
 
-    A mark that nothing honours would train what the user took out.
+    A mark that nothing honours would train what the user took out, or leave out what the user
+    added. A weight of 1 is what OpenAI's messages have anyway: of another role it asks for nothing.
     """
     weight, train = given.get("weight"), given.get("train")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
@@ -142,6 +143,11 @@ def _mark(held: Message, given: Mapping[str, Any], place: str) -> None:
     if weight is not None and train is not None and bool(weight) != train:
         raise DataError(
             f"{place}: weight {weight!r} and train {json.dumps(train)} disagree; give one of them"
+        )
+    if train and held["role"] != "assistant":
+        raise DataError(
+            f"{place}.train: true on a message of role {held['role']!r:.80}; marks choose among "
+            "the assistant's messages: leave this one out (train_on='everything' trains all)"
         )
     mark = weight if train is None else train
     if mark is not None:

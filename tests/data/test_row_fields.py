@@ -134,6 +134,28 @@ def test_a_mark_that_means_nothing_is_refused_with_its_place(mark, said):
             read_row(row, "data[0]", True)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "tool", "narrator"])
+def test_a_mark_that_would_train_another_role_than_assistant_is_refused(role):
+    said = rf"\.train: true on a message of role '{role}'; .*train_on='everything' trains all\)"
+    row = {"messages": [{"role": role, "content": "a", "train": True}, *marked()[0]["messages"]]}
+    with pytest.raises(DataError, match=rf"^data\[0\]: messages\[0\]{said}"):
+        read_row(row, "data[0]", True)
+    turn = {"from": role, "value": "a", "train": True}
+    if role != "narrator":  # which that format does not know at all
+        with pytest.raises(DataError, match=rf"^data\[0\]: conversations\[0\]{said}"):
+            read_row({"conversations": [turn]}, "data[0]", True)
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"train": None}, {"weight": 1}, {"weight": 0}])
+def test_a_mark_that_asks_nothing_new_of_another_role_changes_nothing(mark):
+    tokenizer = fake("llama")
+    rows = marked()
+    for row in rows:
+        for turn in next(iter(row.values()))[::2]:
+            turn.update(mark)
+    assert encoded(tokenizer, rows)[0] == encoded(tokenizer, marked())[0]
+
+
 # -- columns ---------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -21,7 +22,7 @@ from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
-from sloth.planning import host_share_gib
+from sloth.planning import check_shape, host_share_gib
 from sloth.quant.linear4bit import Linear4bit
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.full_memory import full_plan, require_room, state_bytes_of
@@ -50,10 +51,16 @@ def estimate(
     files are. lora: the adapter; full: none, every weight is trained. memory_gib: the budget;
     default: what the first GPU has free, or no budget without one. The plan's `fits` says whether
     it is enough. base_compute: as for `load`. Raises UnknownModel, UnsupportedConfig, NoTargets;
-    ValueError for a full training of 4-bit weights.
+    ValueError for a setting that cannot be, as a full training of 4-bit weights.
     """
     if quant not in (None, "nf4"):
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
+    if optimizer not in get_args(Optimizer):
+        known = ", ".join(get_args(Optimizer))
+        raise ValueError(f"optimizer {optimizer!r} is unknown; known: {known}")
+    if lora is not None and not isinstance(lora, LoraConfig):
+        raise ValueError(f"lora must be a LoraConfig or None, got {lora!r}")
+    check_shape(batch, seq, memory_gib)
     where = resolve(str(name), revision, weights=False).path
     network, is_4bit = on_meta(
         where, quant, resolve_dtype(dtype, torch.device("cpu")), ignore_config

@@ -269,16 +269,15 @@ class Model:
 
         memory_gib: the budget from here on, for other shapes too; None for what is free on the
         device. Called by itself on a new shape. Raises BudgetTooSmall when even the smallest plan
-        does not fit a stated budget, KernelUnavailable below the fused level, which plans nothing.
+        does not fit a stated budget, and ValueError for what is no shape or budget, after which
+        the budget of before holds; KernelUnavailable below the fused level, which plans nothing.
         """
         if self.level != "fused":
             raise KernelUnavailable(
                 f"only the fused level has plans, and takes memory_gib; this model runs at "
                 f"{self.level}: {self.level_reason}"
             )
-        self._planner.memory_gib = memory_gib
-        self._planner.forget()
-        return self._planner.plan(batch, seq)
+        return self._planner.set_budget(memory_gib, batch, seq)
 
     def train(self, data: Any, config: TrainConfig | None = None, **overrides: Any) -> TrainReport:
         """Train on `data`; the settings are a TrainConfig's.

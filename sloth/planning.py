@@ -6,6 +6,7 @@ batch shape, and moves the embedding where the plan wants it.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,10 +65,37 @@ class Planner:
         bucket = batch, -(-seq // _BUCKET_TOKENS) * _BUCKET_TOKENS
         if not torch.is_grad_enabled():
             return self._forward_only(bucket)
-        known = (self._plans.get(shape) for shape in ((batch, seq), bucket))
-        plan = next(filter(None, known), None) or self.plan(*bucket)
+        plan = self._known(batch, seq, bucket[1]) or self._new(batch, seq, bucket[1])
         self.network.head_chunk_bytes = plan.head_chunk_bytes
         return plan.keeps
+
+    def _known(self, batch: int, seq: int, longest: int) -> Plan | None:
+        """A plan of before for this length, or for a longer one up to `longest`: rows that are
+        shorter than what was planned for fit."""
+        shapes = [s for s in self._plans if s[0] == batch and seq <= s[1] <= longest]
+        return self._plans[min(shapes)] if shapes else None
+
+    def _new(self, batch: int, seq: int, longest: int) -> Plan:
+        """A plan for `longest`, or for this length alone where only that fits."""
+        try:
+            return self.plan(batch, longest)
+        except BudgetTooSmall:
+            if seq == longest:
+                raise
+            return self.plan(batch, seq)
+
+    def set_budget(self, memory_gib: float | None, batch: int, seq: int) -> Plan:
+        """A budget from here on, and its plan for a shape. Where it is refused (BudgetTooSmall) or
+        is none (ValueError), the one of before stays, and so do its plans."""
+        check_shape(batch, seq, memory_gib)
+        before, self.memory_gib = self.memory_gib, memory_gib
+        try:
+            self._checked(self._make(batch, seq))
+        except BudgetTooSmall:
+            self.memory_gib = before
+            raise
+        self.forget()
+        return self.plan(batch, seq)
 
     def plan(self, batch: int, seq: int) -> Plan:
         """Plan for a shape within the stated budget, else within the memory that is free now.
@@ -75,14 +103,17 @@ class Planner:
         Raises BudgetTooSmall where a stated budget cannot hold the smallest plan; warns where what
         is free may not.
         """
-        plan = self._make(batch, seq)
+        plan = self._checked(self._make(batch, seq))
         if not plan.fits:
-            if self.memory_gib is not None:
-                raise too_small(plan)
             warnings.warn(str(too_small(plan)), stacklevel=2)
         self._plans[batch, seq] = plan
         self._settle(plan)
         return self._plans[batch, seq]
+
+    def _checked(self, plan: Plan) -> Plan:
+        if self.memory_gib is not None and not plan.fits:
+            raise too_small(plan)
+        return plan
 
     @property
     def sizes(self) -> NetworkSizes:
@@ -145,11 +176,26 @@ def host_share_gib(locked: int = 0) -> float | None:
 
 def too_small(plan: Plan) -> BudgetTooSmall:
     """The error for a plan that does not fit its budget."""
+    needed = math.ceil(plan.needed_gib * 100) / 100  # what is said must be enough
     return BudgetTooSmall(
-        f"{plan.batch} x {plan.seq} tokens need at least {plan.needed_gib:.2f} GiB, the budget "
-        f"is {plan.budget_gib:.2f} GiB. Fewer rows or shorter ones, a smaller LoRA rank, or "
-        "quant='nf4' need less"
+        f"{plan.batch} x {plan.seq} tokens need at least {needed:.2f} GiB, the budget is "
+        f"{plan.budget_gib:.2f} GiB. Fewer rows or shorter ones, a smaller LoRA rank, or, where "
+        "the base is not in 4 bits yet, quant='nf4' need less"
     )
+
+
+def check_shape(batch: int, seq: int, memory_gib: float | None) -> None:
+    """Raise ValueError for what is no shape of a batch, or no budget."""
+    for name, value in (("batch", batch), ("seq", seq)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+    if batch < 1 or seq < 1:
+        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+    if memory_gib is None:
+        return
+    is_number = isinstance(memory_gib, int | float) and not isinstance(memory_gib, bool)
+    if not is_number or not 0 < memory_gib < math.inf:
+        raise ValueError(f"memory_gib must be a number above 0, or None, got {memory_gib!r}")
 
 
 def predict(model: Model, batch: int, seq: int, optimizer: Optimizer) -> Plan:

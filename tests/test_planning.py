@@ -20,7 +20,14 @@ from sloth.kernels.ops.linear_cross_entropy import CHUNK_BYTES
 from sloth.models.llama import LlamaConfig, LlamaDecoder
 from sloth.planning import Planner
 from sloth.quant.linear4bit import Linear4bit
-from sloth.train.memory import FRAGMENTATION, extra_seconds, free_budget_gib, make_plan
+from sloth.train.memory import (
+    FRAGMENTATION,
+    HOST_EMBEDDING_SECONDS,
+    Plan,
+    extra_seconds,
+    free_budget_gib,
+    make_plan,
+)
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.step_memory import StepMemory
 from tests import tolerance
@@ -53,15 +60,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("planning") / "base", **WHOLE_BLOCKS)
 
 
-@pytest.mark.parametrize("shape", [(4, 2048), (1, 8192), (1, 32768)])
-def test_more_memory_never_costs_time(shape: tuple[int, int]) -> None:
-    def extra(budget: float) -> float:
-        plan = make_plan(SIZES_8B, *shape, budget)
-        return sum(extra_seconds(SIZES_8B, shape[1], keep) for keep in plan.keeps)
+SHAPES = [(1, 2048), (4, 2048), (1, 8192), (1, 32768), (1, 100000)]
 
-    times = [extra(float(gib)) for gib in range(10, 130, 4)]
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_more_memory_never_costs_time(shape: tuple[int, int]) -> None:
+    def extra(plan: Plan) -> float:
+        layers = sum(extra_seconds(SIZES_8B, shape[1], keep) for keep in plan.keeps)
+        return round(layers + HOST_EMBEDDING_SECONDS * plan.embedding_on_host, 12)
+
+    plans = [make_plan(SIZES_8B, *shape, 7 * 1.03**step) for step in range(82)]
+    times = [extra(plan) for plan in plans if plan.fits]
     assert times == sorted(times, reverse=True)
-    assert times[0] > 0 and times[-1] == 0
+    assert times[0] > 0 and (times[-1] == 0 or shape[1] >= 32768)
 
 
 @pytest.mark.parametrize("budget", [8.05, 9.0, 12.0, 16.0, 24.0, 36.0])

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +43,7 @@ _HOST_SECONDS = 5.5e-3
 # What a recording reserves beyond its tensors (up to 0.09 seen): its memory is a pool of its own.
 _RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.
-_HOST_EMBEDDING_SECONDS = 0.5e-6
+HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, and how much longer its products take so; all at once up to the
 # first.
 _TILES = {16384: 0.0, 8192: 0.0, 4096: 0.02, 2048: 0.05}
@@ -139,18 +139,16 @@ def make_plan(
     smallest: tuple[float, list[Keep], bool] | None = None
     for on_host in (False,) if sizes.embedding_stays else (False, True):
         for offload, tile in itertools.product((False, True), _tiles(memory)):
-            bare = replace(POLICIES["P1"], tile_tokens=tile, offload=offload)
-            keeps = [bare] * sizes.num_layers
+            options = _options(tile, offload)
+            keeps = [options[0]] * sizes.num_layers
             claimed = memory.claimed(keeps, on_host)
             if smallest is None or claimed < smallest[0]:
                 smallest = claimed, keeps, on_host
-            if claimed > budget:
-                continue
-            keeps = _upgraded(memory, keeps, on_host, budget)
-            seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
-            seconds += _HOST_EMBEDDING_SECONDS if on_host else 0.0
-            if best is None or seconds < best[0]:
-                best = seconds, keeps, on_host
+            for keeps in _candidates(memory, options, on_host, budget):
+                seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
+                seconds += HOST_EMBEDDING_SECONDS if on_host else 0.0
+                if best is None or seconds < best[0]:
+                    best = seconds, keeps, on_host
     if best is None:
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)
@@ -227,13 +225,48 @@ def _tiles(memory: StepMemory) -> list[int | None]:
     return whole + [tile for tile in _TILES if tile < memory.rows]
 
 
-def _upgraded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
+def _options(tile: int | None, offload: bool) -> list[Keep]:
+    """The policies, from the least kept to the most; the products of an MLP are kept whole."""
+    return [
+        replace(keep, tile_tokens=None if keep.gate else tile, offload=offload)
+        for keep in POLICIES.values()
+    ]
+
+
+def _candidates(
+    memory: StepMemory, options: list[Keep], on_host: bool, budget: float
+) -> Iterator[list[Keep]]:
+    """Choices for all layers that fit the budget, one of them near the quickest.
+
+    Two policies mixed, each two of them, and from the bottom up in the best steps. The first see to
+    it that more memory costs no time: what a smaller budget holds, a larger one is offered too.
+    """
+    num_layers, seq = memory.sizes.num_layers, memory.seq
+    seconds = [extra_seconds(memory.sizes, seq, option) for option in options]
+    quickest = math.inf
+    for upper in reversed(range(len(options))):
+        whole = [options[upper]] * num_layers
+        if memory.claimed(whole, on_host) <= budget:
+            yield whole
+            quickest = min(quickest, seconds[upper] * num_layers)
+            continue
+        for lower in range(upper):
+            keeps = [options[lower]] * num_layers
+            # No layer is quicker than at the upper one.
+            if seconds[upper] * num_layers >= quickest or memory.claimed(keeps, on_host) > budget:
+                continue
+            count = _most(memory, keeps, options[upper], num_layers, on_host, budget)
+            yield _raised(keeps, options[upper], count)
+    keeps = [options[0]] * num_layers
+    if memory.claimed(keeps, on_host) <= budget:
+        yield _upgraded(memory, keeps, options, on_host, budget)
+
+
+def _upgraded(
+    memory: StepMemory, keeps: list[Keep], options: list[Keep], on_host: bool, budget: float
+) -> list[Keep]:
     """Policies raised, last layers first, while the peak stays within the budget."""
     base = keeps[0]
-    options = []
-    for keep in POLICIES.values():
-        tile = None if keep.gate else base.tile_tokens
-        options.append(replace(keep, tile_tokens=tile, offload=base.offload))
     for target in _worthwhile(memory, options):
         count = _most(memory, keeps, target, len(keeps), on_host, budget)
         keeps = _raised(keeps, target, count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from sloth.kernels.context import Keep
 from sloth.kernels.ops.dora_gains import SPAN as GAINS_SPAN
@@ -46,6 +47,7 @@ class StepMemory:
     ) -> None:
         self.sizes, self.batch, self.seq = sizes, batch, seq
         self.rows, self.host_bytes = batch * seq, host_bytes
+        self._known: dict[Keep, tuple[int, int, int]] = {}
 
     # -- what is there all the time --------------------------------------------------------------
 
@@ -262,17 +264,18 @@ class StepMemory:
 
     def host_share(self, keeps: Sequence[Keep]) -> int:
         """Bytes that wait in host memory."""
-        width = sum(self.movable_width(keep) for keep in keeps if keep.offload)
+        away = ((keep, count) for keep, count in _runs(keeps) if keep.offload)
+        width = sum(count * self.movable_width(keep) for keep, count in away)
         return self.rows * width * self.sizes.element
 
     def _worst_moment(self, keeps: Sequence[Keep]) -> tuple[int, int]:
         """(kept, working) bytes where their sum is largest."""
         s = self.sizes
-        per_keep = {keep: self._numbers(keep) for keep in set(keeps)}
         x, leaving = self.rows * s.hidden * s.element, self._leaving(keeps)
         kept, worst = 0, (0, 0)
-        for keep in keeps:
-            own, forward, backward = per_keep[keep]
+        for keep, count in _runs(keeps):
+            own, forward, backward = self._numbers(keep)
+            kept += (count - 1) * own  # of layers that keep alike, the last one has most before it
             moments = [(kept, forward + x + leaving), (kept + own, backward)]
             worst = max(worst, *moments, key=sum)
             kept += own
@@ -281,12 +284,12 @@ class StepMemory:
         return max(worst, self._head_moment(keeps, CHUNK_BYTES), key=sum)
 
     def _head_moment(self, keeps: Sequence[Keep], chunk_bytes: int) -> tuple[int, int]:
-        kept = sum(self.kept_bytes(keep) for keep in keeps)
+        kept = sum(count * self.kept_bytes(keep) for keep, count in _runs(keeps))
         return kept, self.head_bytes(chunk_bytes) + self._leaving(keeps)
 
     def _leaving(self, keeps: Sequence[Keep]) -> int:
         """What may still be on its way to the host."""
-        away = [self.movable_width(keep) for keep in keeps if keep.offload]
+        away = [self.movable_width(keep) for keep, _ in _runs(keeps) if keep.offload]
         return _LEAVING * self.rows * max(away, default=0) * self.sizes.element
 
     def _beside_recording(self) -> int:
@@ -297,4 +300,12 @@ class StepMemory:
         return self.head_bytes() + copies + WORKSPACES
 
     def _numbers(self, keep: Keep) -> tuple[int, int, int]:
-        return self.kept_bytes(keep), self.forward_bytes(keep), self.backward_bytes(keep)
+        if keep not in self._known:  # a plan asks some thousand times for a dozen of them
+            numbers = self.kept_bytes(keep), self.forward_bytes(keep), self.backward_bytes(keep)
+            self._known[keep] = numbers
+        return self._known[keep]
+
+
+def _runs(keeps: Sequence[Keep]) -> list[tuple[Keep, int]]:
+    """Layers that follow one another and keep alike, and how many they are."""
+    return [(keep, len(list(run))) for keep, run in groupby(keeps)]

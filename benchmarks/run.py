@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -31,24 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.cases import OPS
+import torch
+
+from benchmarks import command_line, report
+from benchmarks.command_line import PEERS, program
 from benchmarks.common import find_results
 from benchmarks.report import CASE_KEYS, Results, Row
 from benchmarks.roofline import mfu
+from benchmarks.stored import UnreadableResults, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
-# name -> module and its --variant
-PEERS = {
-    "hf": ("benchmarks.peers.hf_peft_step", "plain"),
-    "hf-checkpoint": ("benchmarks.peers.hf_peft_step", "checkpoint"),
-    "liger": ("benchmarks.peers.hf_liger_step", "plain"),
-    "liger-checkpoint": ("benchmarks.peers.hf_liger_step", "checkpoint"),
-    "unsloth": ("benchmarks.peers.unsloth_step", "default"),
-    "unsloth-best": ("benchmarks.peers.unsloth_step", "best"),
-}
-
-
 # Files that are loaded, and whether kernels were compiled before: in this order.
 STARTUPS = (("nf4", "cold"), ("nf4", "warm"), ("bf16", "warm"))
 _NOTHING: Mapping[str, str] = {}
@@ -67,30 +58,6 @@ class Case:
 
     def key(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in CASE_KEYS}
-
-
-def parse_shape(text: str) -> tuple[int, int, bool]:
-    """ "4x2048" -> (4, 2048, False), "1x8192p" -> (1, 8192, True)."""
-    found = re.fullmatch(r"(\d+)x(\d+)(p?)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape such as 4x2048 or 1x8192p")
-    return int(found[1]), int(found[2]), bool(found[3])
-
-
-def program(who: str) -> list[str]:
-    """Module and options that measure a contender: a peer's name, or a setting of sloth."""
-    if who in PEERS:
-        module, variant = PEERS[who]
-        return [module, "--variant", variant]
-    found = re.fullmatch(r"sloth(?:-(fp8|dora)|:(?!fp8|dora)(\w+))?(?:@([\d.]+))?", who)
-    if found is None:
-        raise argparse.ArgumentTypeError(
-            f"{who!r} is neither sloth[:LEVEL][@GIB], sloth-fp8[@GIB], sloth-dora[@GIB] nor one of "
-            + ", ".join(PEERS)
-        )
-    variant, cap_gib = found[1] or found[2], found[3]
-    options = ["--variant", variant] if variant else []
-    return ["benchmarks.train.sloth_step", *options, *(["--memory-gib", cap_gib] * bool(cap_gib))]
 
 
 class Processes:
@@ -194,7 +161,8 @@ def kernel_rows(
 ) -> Iterator[Row]:
     """The rows of every op, a process each."""
     for model, op in itertools.product(args.models, args.ops):
-        command = ["benchmarks.cases", "--op", op, "--model", model, "--tokens", args.tokens]
+        command = ["benchmarks.cases", "--op", op, "--model", model]
+        command += ["--tokens", ",".join(map(str, args.tokens))]
         results, why = processes.run(command, is_peer=True)
         for row in results:
             if "tb_s" in row:
@@ -237,6 +205,8 @@ def summary(row: Row) -> str:
 
 def measured(args: argparse.Namespace) -> Results:
     """Run everything asked for, writing the files as it goes."""
+    if not torch.cuda.is_available():
+        sys.exit("measuring needs a GPU, and torch sees none here; --merge works without one")
     processes = Processes(args.peer_site, args.timeout)
     found, why = processes.run(["benchmarks.ceilings"], is_peer=True)
     if why is not None:
@@ -277,60 +247,18 @@ def shown_command(argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks.run", *shown])
 
 
-def options() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--cases", choices=(*report.KINDS, "all"), default="all")
-    add("--models", default="llama-3.1-8b", help="shapes of tools/shapes.py, by commas")
-    add("--shapes", default="4x2048,1x8192", help="by commas; 1x8192p is packed")
-    add("--dtypes", default="nf4", help="of the base: nf4, bf16, by commas")
-    add("--sloth", default="sloth", help="settings of sloth, by commas")
-    add("--peers", default="all", help="all, none, or by commas: " + ", ".join(PEERS))
-    add("--checkpoints", type=Path, help="folder of random checkpoints, filled on first use")
-    add("--out", type=Path, required=True, help="folder for <gpu>.json and <gpu>.md")
-    add("--ranks", default="16", help="of the adapter, by commas")
-    add("--steps", type=int, default=20, help="0: the first step alone, compilation included")
-    add("--in-memory", action="store_true", help="random weights made by sloth, none on the disk")
-    add("--rounds", type=int, default=1)
-    add("--ops", default=",".join(OPS), help="kernel cases, by commas")
-    add("--tokens", default="2048,8192", help="rows of the kernel cases, by commas")
-    add("--peer-site", type=Path, help="folder that tools/pack_peers.py's tarball was unpacked to")
-    add("--timeout", type=float, default=600, help="seconds that one process may take")
-    add("--merge", type=Path, nargs="+", help="join these .json files instead of measuring")
-    return parser
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Check the command line before anything is measured, and split its lists."""
-    parser = options()
-    args = parser.parse_args(argv)
-    args.models, args.dtypes, args.ops = (
-        text.split(",") for text in (args.models, args.dtypes, args.ops)
-    )
-    peers = {"all": list(PEERS), "none": []}.get(args.peers, args.peers.split(","))
-    args.contenders = [*args.sloth.split(","), *peers]
-    try:
-        args.ranks = [int(text) for text in args.ranks.split(",")]
-        args.shapes = [parse_shape(text) for text in args.shapes.split(",")]
-        for who in args.contenders:
-            program(who)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(str(error))
-    unknown = (set(args.dtypes) - {"nf4", "bf16"}) | (set(args.ops) - set(OPS))
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    if not args.merge and args.cases != "kernels" and args.checkpoints is None:
-        parser.error("--checkpoints is needed for training steps")
-    return args
+    """The command line, checked."""
+    return command_line.parse(__doc__ or "", argv)
 
 
 def main() -> None:
     args = parse()
     if args.merge:
-        results = report.merge([json.loads(path.read_text()) for path in args.merge])
+        try:
+            results = report.merge([read_results(path) for path in args.merge])
+        except (UnreadableResults, report.DifferentGPUs) as error:
+            sys.exit(str(error))
     else:
         results = measured(args)
     path = write(results, args.out)

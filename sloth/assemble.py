@@ -23,6 +23,8 @@ from sloth.errors import CheckpointMismatch, TokenizerMissing, UnsupportedConfig
 from sloth.formats.checkpoint import SafetensorsFolder
 from sloth.formats.gguf import GGUFFile
 from sloth.formats.wrapper import Source, TextTower
+from sloth.kernels.fp8 import BaseCompute
+from sloth.kernels.layer import require_fp8_blocks
 from sloth.linear import Linear, Projection
 from sloth.lora import EMBEDDING, HEAD
 from sloth.models.decoder import Decoder
@@ -56,10 +58,13 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype,
     ignore_config: Sequence[str] = (),
+    base_compute: BaseCompute = None,
 ) -> Assembled:
     """Read a Hugging Face folder or a .gguf file into a network on `device` in `dtype`.
 
     quant: None keeps what is on disk, "nf4" quantizes every projection but the head.
+    base_compute: what the network will be computed with; sizes that do not suit it raise
+    KernelUnavailable before any weight is read.
     Raises UnknownModel, UnsupportedConfig, CheckpointMismatch.
     """
     if quant not in QUANTIZATIONS:
@@ -81,6 +86,8 @@ def assemble(
         return kind(in_features, out_features, bias)
 
     network = meta_network(described, projection)
+    if base_compute is not None:
+        require_fp8_blocks(network.model.layers)
     _fill(network, source, device, dtype)
     is_quantized = any(isinstance(module, Linear4bit) for module in network.modules())
     network.requires_grad_(not is_quantized)

@@ -7,13 +7,16 @@ class SlothError(Exception):
     """Base of all errors that `sloth` raises on purpose."""
 
 
-def one_line(error: Any) -> str:
-    """What a pydantic ValidationError complains of, setting by setting."""
+def one_line(error: Any, within: str = "") -> str:
+    """What a pydantic ValidationError complains of, setting by setting.
+
+    within: the block of settings that it is about, if not all of them.
+    """
     parts = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"])
+        place = ".".join(str(part) for part in (within, *problem["loc"]) if part != "")
         message = problem["msg"].removeprefix("Value error, ")
-        given = f" (got {problem['input']!r})" if place else ""
+        given = f" (got {problem['input']!r})" if problem["loc"] else ""
         parts.append(f"{place}: {message}{given}" if place else message)
     return "; ".join(parts)
 

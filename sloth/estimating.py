@@ -18,6 +18,7 @@ from sloth.dtypes import resolve_dtype
 from sloth.formats.hub import resolve
 from sloth.kernels.dispatch import has_twin
 from sloth.kernels.fp8 import check_base_compute
+from sloth.kernels.layer import require_fp8_blocks
 from sloth.linear import Linear, Projection
 from sloth.lora import attach_lora
 from sloth.lora_config import LoraConfig
@@ -51,7 +52,8 @@ def estimate(
     files are. lora: the adapter; full: none, every weight is trained. memory_gib: the budget;
     default: what the first GPU has free, or no budget without one. The plan's `fits` says whether
     it is enough. base_compute: as for `load`. Raises UnknownModel, UnsupportedConfig, NoTargets;
-    ValueError for a setting that cannot be, as a full training of 4-bit weights.
+    ValueError for a setting that cannot be, as a full training of 4-bit weights; KernelUnavailable
+    for sizes or an adapter that base_compute cannot take.
     """
     if quant not in (None, "nf4"):
         raise ValueError(f"quant must be None or 'nf4', got {quant!r}")
@@ -75,6 +77,8 @@ def estimate(
             raise ValueError(f"full training trains every weight, so {given} cannot be with it")
         return full_plan(network, batch, seq, memory_gib, optimizer)
     attach_lora(network, lora or LoraConfig())
+    if network.base_compute is not None:
+        require_fp8_blocks(network.model.layers)
     if not has_twin(network.model_type):
         return full_plan(network, batch, seq, memory_gib, optimizer)
     return make_plan(NetworkSizes.of(network), batch, seq, memory_gib, host_share_gib())

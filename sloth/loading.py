@@ -57,7 +57,8 @@ def load(
     `add_lora`.
     Raises UnknownModel, UnsupportedConfig, CheckpointMismatch, AdapterMismatch, ValueError for a
     setting that there is not, and KernelUnavailable for a level that there is not or that cannot
-    run; settings are looked at before any file.
+    run; settings are looked at before any file, sizes that base_compute cannot multiply before any
+    weight.
     """
     check_level(level)
     compute = check_base_compute(base_compute)
@@ -72,6 +73,7 @@ def load(
         device=where,
         dtype=computed,
         ignore_config=ignore_config,
+        base_compute=compute,
     )
     if compute is not None:
         warnings.warn(_APPROXIMATE, stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 import sloth
+from sloth import cli
 from sloth.errors import KernelUnavailable
 from sloth.estimating import estimate
 from sloth.infer.generate import generate_tokens
 from sloth.kernels.fp8 import FP8Weight
+from sloth.lora_config import LoraConfig
 from sloth.train.evaluate import summed
 from sloth.train.memory import make_plan
 from sloth.train.network_sizes import NetworkSizes
@@ -133,6 +136,37 @@ def test_dora_is_refused_before_anything_is_attached(folder: Path) -> None:
     with pytest.raises(KernelUnavailable, match="DoRA"):
         model.add_lora(use_dora=True)
     assert not model.has_adapter
+
+
+def test_dora_is_refused_before_a_step_is_predicted(folder: Path) -> None:
+    dora = LoraConfig(use_dora=True)
+    with pytest.raises(KernelUnavailable, match="attach LoRA without use_dora"):
+        estimate(folder, seq=40, base_compute="fp8", lora=dora)
+    assert estimate(folder, seq=40, lora=dora).predicted_gib > 0
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_sizes_it_cannot_multiply_are_refused_from_the_config_alone(
+    tmp_path: Path, quant: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = save_tiny_llama(tmp_path / "odd", **WHOLE_BLOCKS | {"intermediate_size": 200})
+    monkeypatch.setattr("sloth.assemble._fill", lambda *rest: pytest.fail("weights were read"))
+    for ask in (partial(estimate, seq=40), partial(sloth.load, device="cpu")):
+        with pytest.raises(KernelUnavailable, match="gate_up has 64 inputs and 200, 200 outputs"):
+            ask(odd, quant=quant, base_compute="fp8")
+    assert estimate(odd, seq=40, quant=quant).predicted_gib > 0
+
+
+@pytest.mark.parametrize("command", ["estimate", "train"])
+def test_commands_say_so_in_a_line(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = save_tiny_llama(tmp_path / "odd", **WHOLE_BLOCKS | {"intermediate_size": 200})
+    capsys.readouterr()
+    flags = ["none.jsonl", "--dry-run", "--device", "cpu"] if command == "train" else []
+    assert cli.main([command, str(odd), *flags, "--base-compute", "fp8", "--lora.r", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "multiples of 16" in said and said.count("\n") == 1
 
 
 def test_a_setting_that_there_is_not_is_refused(folder: Path) -> None:

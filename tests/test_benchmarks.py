@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import prepare_rows, report, roofline, run
+from benchmarks.command_line import parse_shape, program
 from benchmarks.common import RESULT_MARK, find_results, percentile
 from benchmarks.data import IGNORED, MEAN_LENGTH, document_lengths, packed_batch, random_batch
 from benchmarks.report import DifferentGPUs, Row, disagreement, median_rows, merge, render, slug
@@ -305,17 +306,26 @@ def test_percentiles() -> None:
 
 
 def test_shapes_and_contenders_are_parsed() -> None:
-    assert run.parse_shape("1x8192p") == (1, 8192, True)
-    assert run.program("sloth:ops@8.05")[1:] == ["--variant", "ops", "--memory-gib", "8.05"]
-    assert run.program("sloth-fp8@30")[1:] == ["--variant", "fp8", "--memory-gib", "30"]
-    assert run.program("sloth-dora")[1:] == ["--variant", "dora"]
-    assert run.program("unsloth-best") == ["benchmarks.peers.unsloth_step", "--variant", "best"]
+    assert parse_shape("1x8192p") == (1, 8192, True)
+    assert program("sloth:ops@8.05")[1:] == [
+        "--variant",
+        "ops",
+        "--memory-gib",
+        "8.05",
+    ]
+    assert program("sloth-fp8@30")[1:] == ["--variant", "fp8", "--memory-gib", "30"]
+    assert program("sloth-dora")[1:] == ["--variant", "dora"]
+    assert program("unsloth-best") == [
+        "benchmarks.peers.unsloth_step",
+        "--variant",
+        "best",
+    ]
     for text in ("2048", "4x", "4x2048q"):
         with pytest.raises(argparse.ArgumentTypeError):
-            run.parse_shape(text)
+            parse_shape(text)
     for who in ("axolotl", "sloth:fp8", "sloth:dora", "sloth-ops"):
         with pytest.raises(argparse.ArgumentTypeError, match="neither sloth"):
-            run.program(who)
+            program(who)
 
 
 def test_a_failing_process_says_why() -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from benchmarks.cases import KernelCase, Outputs
 from benchmarks.common import DEVICE
 from benchmarks.roofline import ModelShape
-from sloth.kernels.layer import GROUPS, Workspace, prepare_stack
+from sloth.kernels.layer import Workspace, prepare_stack
 from sloth.kernels.ops.batch import CopyBatch
+from sloth.kernels.stack_shape import GROUPS
 from sloth.linear import Linear
 
 RANK, SCALE = 16, 1.0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from pydantic import ValidationError
 
+from sloth.errors import one_line
 from sloth.redact import Redactor
 
 if TYPE_CHECKING:
@@ -89,7 +91,10 @@ class ModelCommand:
 
 
 def parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = None) -> Any:
-    """The flags of `sloth NAME` as a `kind`. Usage errors and --help leave with SystemExit."""
+    """The flags of `sloth NAME` as a `kind`. Usage errors and --help leave with SystemExit.
+
+    Raises ValueError, in one line, for a setting that a config of its own refuses.
+    """
     given = {} if default is None else {"default": default}
 
     def read(words: Sequence[str]) -> Any:
@@ -101,14 +106,26 @@ def parse(kind: type[Any], name: str, arguments: Sequence[str], default: Any = N
             **given,
         )
 
-    safe = [Redactor().text(word) for word in arguments]
-    if safe == list(arguments):
-        return read(arguments)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return read(arguments)
+    except SystemExit as leaving:
+        _refuse_setting(leaving)
     # What is said of a mistake repeats the words, in lines that may end inside of one.
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
-        return read(arguments)
-    read(safe)
+    read([Redactor().text(word) for word in arguments])
     raise ValueError("the flags cannot be read")
+
+
+def _refuse_setting(leaving: SystemExit) -> None:
+    """Raise ValueError if tyro left because an adapter's settings were refused.
+
+    What it shows of that is pydantic's text of many lines; the error itself stands behind its own.
+    """
+    error: BaseException | None = leaving
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    if error is not None:
+        raise ValueError(one_line(error, within="lora"))
 
 
 def show(text: str) -> None:

@@ -7,7 +7,7 @@ and the next one fills it anew. So a workspace serves one stream at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,17 +34,8 @@ from sloth.kernels.ops.dora import Gains
 from sloth.kernels.ops.glu import Activation
 from sloth.kernels.ops.rms_norm import Norm
 from sloth.kernels.rows import compute_dtype
-from sloth.kernels.stack_shape import StackShape
+from sloth.kernels.stack_shape import GROUPS, StackShape
 from sloth.kernels.stacked import LoraStack, Stack
-
-# Stack name -> paths of its projections inside a block, in stacking order.
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-
 
 # Whether the adapter of each projection is on, in the order of GROUPS.
 Switches = tuple[bool, ...]
@@ -324,11 +315,7 @@ def prepare_stack(
 ) -> LoraStack:
     """The stack of these projections, in scratch that the workspace shares, or in its own: because
     it is to stay unpacked (`own`), or because that is where its dense matrices live."""
-    shape = StackShape(
-        members[0].in_features,
-        tuple(member.out_features for member in members),
-        tuple(0 if m.lora_slot is None else len(m.lora_slot.A) for m in members),
-    )
+    shape = StackShape.of(members)
     bases = [member.base for member in members]
     device = next(b.device if isinstance(b, Tensor) else b.codes.device for b in bases)
     is_dora = has_magnitudes(members)
@@ -349,6 +336,17 @@ def prepare_stack(
             if isinstance(base, Tensor):
                 _move_in(base, scratch[slot.rows, : shape.num_inputs])
     return Stack(members, shape, scratch, gains, own)
+
+
+def require_fp8_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Raise KernelUnavailable unless every stack of these blocks can be one of 8-bit floats.
+
+    Sizes and DoRA are known from modules without weights, long before a stack is prepared.
+    """
+    for block in blocks:
+        for name, paths in GROUPS.items():
+            members = [block.get_submodule(path) for path in paths]
+            require_fp8_stack(name, StackShape.of(members), has_magnitudes(members))
 
 
 def has_magnitudes(members: Sequence[Any]) -> bool:

@@ -1,16 +1,25 @@
-"""Sizes of a stack of projections: who stands where in its scratch, and rows with room behind them.
+"""Stacks of projections: which a block has, who stands where in the scratch of one, and rows with
+room behind them.
 
 The wide products want aligned rows: ranks and row strides are multiples of 64 elements.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# Stack name -> paths of its projections inside a block, in stacking order.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 # Ranks and row strides are padded to it: K + 64 runs at the speed of K, K + 16 does not.
 _ALIGNMENT = 64
 
@@ -29,6 +38,15 @@ class StackShape:
     num_inputs: int
     outputs: tuple[int, ...]
     ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, members: Sequence[Any]) -> StackShape:
+        """The sizes of these projections; an adapter counts while it is off, too."""
+        return cls(
+            members[0].in_features,
+            tuple(member.out_features for member in members),
+            tuple(0 if m.lora_slot is None else len(m.lora_slot.A) for m in members),
+        )
 
     @property
     def num_outputs(self) -> int:

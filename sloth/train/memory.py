@@ -47,6 +47,9 @@ HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, and how much longer its products take so; all at once up to the
 # first.
 _TILES = {16384: 0.0, 8192: 0.0, 4096: 0.02, 2048: 0.05}
+# What a plan must need of another one's extra time to take its place. Plans that are as good as
+# each other differ in the size of their holes, and steps from the bottom leave the smaller ones.
+_QUICKER = 0.97
 # Of free memory, for what else the process may allocate.
 _MARGIN = 0.02
 
@@ -147,7 +150,7 @@ def make_plan(
             for keeps in _candidates(memory, options, on_host, budget):
                 seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
                 seconds += HOST_EMBEDDING_SECONDS if on_host else 0.0
-                if best is None or seconds < best[0]:
+                if best is None or seconds < best[0] * _QUICKER:
                     best = seconds, keeps, on_host
     if best is None:
         assert smallest is not None
@@ -238,10 +241,13 @@ def _candidates(
 ) -> Iterator[list[Keep]]:
     """Choices for all layers that fit the budget, one of them near the quickest.
 
-    Two policies mixed, each two of them, and from the bottom up in the best steps. The first see to
-    it that more memory costs no time: what a smaller budget holds, a larger one is offered too.
+    From the bottom up in the best steps, and two policies mixed, each two of them. The latter see
+    to it that more memory costs no time: what a smaller budget holds, a larger one is offered too.
     """
     num_layers, seq = memory.sizes.num_layers, memory.seq
+    keeps = [options[0]] * num_layers
+    if memory.claimed(keeps, on_host) <= budget:
+        yield _upgraded(memory, keeps, options, on_host, budget)
     seconds = [extra_seconds(memory.sizes, seq, option) for option in options]
     quickest = math.inf
     for upper in reversed(range(len(options))):
@@ -257,9 +263,6 @@ def _candidates(
                 continue
             count = _most(memory, keeps, options[upper], num_layers, on_host, budget)
             yield _raised(keeps, options[upper], count)
-    keeps = [options[0]] * num_layers
-    if memory.claimed(keeps, on_host) <= budget:
-        yield _upgraded(memory, keeps, options, on_host, budget)
 
 
 def _upgraded(

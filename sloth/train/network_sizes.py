@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from sloth.kernels.dispatch import has_twin, wiring_of
 from sloth.kernels.fp8 import TURNED_COLUMNS
-from sloth.kernels.layer import GROUPS
-from sloth.kernels.stack_shape import padded
+from sloth.kernels.stack_shape import GROUPS, padded
 from sloth.models.decoder import Decoder
 
 

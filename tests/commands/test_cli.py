@@ -186,12 +186,33 @@ def test_command_trains_as_the_python_interface_does(loaded, tmp_path):
             "error: unknown flag --gradient-accumulation-steps; did you mean --grad-accum?",
         ),
         (["trian"], "error: unknown command 'trian'"),
+        (
+            ["estimate", "m", "--lora.r", "0"],
+            "error: lora.r: Input should be greater than or equal to 1 (got 0)",
+        ),
+        (
+            ["train", "m", "d", "--lora.r", "0", "--lora.dropout", "2"],
+            "error: lora.r: Input should be greater than or equal to 1 (got 0); "
+            "lora.dropout: Input should be less than 1 (got 2.0)",
+        ),
+        (
+            ["train", "m", "d", "--lora.trainable-token-indices", "1", "1"],
+            "error: lora: trainable_token_indices of embed_tokens must be token ids from 0 on, "
+            "each once, got [1, 1]\n",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(loaded, capsys, arguments, said):
     assert cli.main(arguments) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(said) and shown.count("\n") == 1
+
+
+def test_what_cannot_be_read_as_a_flag_is_shown_beside_its_help_and_exits_with_2(loaded, capsys):
+    for flags, said in ((["--seq", "abc"], "Tokens of a row."), (["--nope"], "options: --nope")):
+        assert cli.main(["estimate", "m", *flags]) == 2
+        shown = capsys.readouterr()
+        assert shown.err.count(said) == 1 and not shown.out
 
 
 def test_missing_data_file_is_one_line(loaded, capsys):

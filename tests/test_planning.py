@@ -72,7 +72,7 @@ def test_more_memory_never_costs_time(shape: tuple[int, int]) -> None:
 
     plans = [make_plan(SIZES_8B, *shape, 7 * 1.03**step) for step in range(82)]
     times = [extra(plan) for plan in plans if plan.fits]
-    # But for what is too little to change a plan for.
+    # But for what is too little to take another plan for.
     assert all(late <= early / 0.97 for early, late in itertools.pairwise(times))
     assert times[0] > 0 and (times[-1] == 0 or shape[1] >= 32768)
 

@@ -47,8 +47,8 @@ HOST_EMBEDDING_SECONDS = 0.5e-6
 # Rows the MLP works on at a time, and how much longer its products take so; all at once up to the
 # first.
 _TILES = {16384: 0.0, 8192: 0.0, 4096: 0.02, 2048: 0.05}
-# What a plan must need of another one's extra time to take its place. Plans that are as good as
-# each other differ in the size of their holes, and steps from the bottom leave the smaller ones.
+# What two policies mixed must need of the extra time of steps from the bottom up, to take their
+# place: policies that lie far apart leave larger holes between their tensors.
 _QUICKER = 0.97
 # Of free memory, for what else the process may allocate.
 _MARGIN = 0.02
@@ -147,11 +147,16 @@ def make_plan(
             claimed = memory.claimed(keeps, on_host)
             if smallest is None or claimed < smallest[0]:
                 smallest = claimed, keeps, on_host
+            chosen: tuple[float, list[Keep]] | None = None
             for keeps in _candidates(memory, options, on_host, budget):
                 seconds = sum(extra_seconds(sizes, seq, keep) for keep in keeps)
-                seconds += HOST_EMBEDDING_SECONDS if on_host else 0.0
-                if best is None or seconds < best[0] * _QUICKER:
-                    best = seconds, keeps, on_host
+                if chosen is None or seconds < chosen[0] * _QUICKER:
+                    chosen = seconds, keeps
+            if chosen is None:
+                continue
+            seconds = chosen[0] + (HOST_EMBEDDING_SECONDS if on_host else 0.0)
+            if best is None or seconds < best[0]:
+                best = seconds, chosen[1], on_host
     if best is None:
         assert smallest is not None
         return _finished(memory, smallest[1], smallest[2], budget_gib)

@@ -30,6 +30,7 @@ from sloth.kernels.recording import Recorder
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
+from sloth.models.own_dtype import in_own_dtype
 from sloth.models.rope import Rope
 
 RunBlock = Callable[[nn.Module, Tensor, BlockContext], Tensor]
@@ -159,6 +160,7 @@ class Decoder(OpModule):
         finally:
             self.run_block = before
 
+    @in_own_dtype
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
@@ -182,10 +184,12 @@ class Decoder(OpModule):
             hidden = self.run_block(block, hidden, context)
         return hidden
 
+    @in_own_dtype
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         if self.lm_head is None:
-            logits = nn.functional.linear(hidden, self.model.embed_tokens.weight)
+            tied = self.model.embed_tokens.weight
+            logits = self.ops.lora_linear(hidden, tied, None, None)
         else:
             logits = self.lm_head(hidden)
         if self._trained_rows is not None:
@@ -200,6 +204,7 @@ class Decoder(OpModule):
         """Token ids [B, T] -> logits [B, T, V] in the compute dtype."""
         return self.head(self.hidden_states(tokens, positions, cache))
 
+    @in_own_dtype
     def loss(
         self,
         tokens: Tensor,
@@ -221,6 +226,7 @@ class Decoder(OpModule):
             self.head_chunk_bytes or CHUNK_BYTES,
         )
 
+    @in_own_dtype
     def logprobs(
         self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
@@ -259,7 +265,7 @@ class Decoder(OpModule):
         if lora is None:
             return hidden, weight if rows is None else rows.merged(weight)
         dropped = nn.functional.dropout(hidden, lora.dropout, self.lm_head.training)
-        low = lora.scale * (dropped @ lora.A.to(hidden.dtype).T)
+        low = lora.scale * self.ops.lora_linear(dropped, lora.A.to(hidden.dtype), None, None)
         wide = torch.cat((weight, lora.B.to(weight.dtype)), -1)
         gains = row_gains(weight, lora, weight.dtype)
         if gains is not None:  # of the magnitudes autograd takes the gradient

@@ -43,7 +43,8 @@ class TokenRows(OpModule):
         """rows [..., D] of `tokens` [...], the trained ones put in their places."""
         order = self.indices.argsort()
         ranked = self.indices[order]
-        slots = order[torch.searchsorted(ranked, tokens).clamp(max=len(order) - 1)]
+        slots = torch.searchsorted(ranked, tokens.to(ranked.dtype))
+        slots = order[slots.clamp(max=len(order) - 1)]
         trained = F.embedding(slots, self.trainable_tokens_delta).to(rows.dtype)
         return torch.where((self.indices[slots] == tokens)[..., None], trained, rows)
 

@@ -244,7 +244,10 @@ class Decoder(OpModule):
 
     def _targets(self, labels: Tensor, positions: Tensor | None) -> Tensor:
         """What each of the B T positions predicts; -100 for nothing."""
-        targets = nn.functional.pad(labels.to(self.device)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = labels.to(self.device)
+        if labels.dtype == torch.int32:  # torch's own cross-entropy takes int64 alone
+            labels = labels.long()
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if positions is not None:
             starts = torch.as_tensor(positions, device=self.device).expand_as(labels) == 0
             targets[:, :-1].masked_fill_(starts[:, 1:], IGNORE_INDEX)

@@ -24,7 +24,7 @@ from sloth.kernels.rows import compute_dtype
 from sloth.linear import OpModule
 
 
-class TokenRows(nn.Module):
+class TokenRows(OpModule):
     """Trained rows in place of some of a frozen matrix [V, D]; they start as those were.
 
     trainable_tokens_delta: [k, D]. indices: token ids [k], each once, in the order of the rows.
@@ -43,7 +43,8 @@ class TokenRows(nn.Module):
         """rows [..., D] of `tokens` [...], the trained ones put in their places."""
         order = self.indices.argsort()
         ranked = self.indices[order]
-        slots = order[torch.searchsorted(ranked, tokens).clamp(max=len(order) - 1)]
+        slots = torch.searchsorted(ranked, tokens.to(ranked.dtype))
+        slots = order[slots.clamp(max=len(order) - 1)]
         trained = F.embedding(slots, self.trainable_tokens_delta).to(rows.dtype)
         return torch.where((self.indices[slots] == tokens)[..., None], trained, rows)
 
@@ -53,7 +54,8 @@ class TokenRows(nn.Module):
 
     def logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """logits [..., V] of a head without its trained rows -> with them."""
-        own = F.linear(hidden, self.trainable_tokens_delta.to(hidden.dtype))
+        trained = self.trainable_tokens_delta.to(hidden.dtype)
+        own = self.ops.lora_linear(hidden, trained, None, None)
         return logits.index_copy(-1, self.indices, own)
 
 
@@ -114,7 +116,7 @@ class Embedding(OpModule):
         rows = F.embedding(tokens, self.weight)
         A, B = self.lora_embedding_A, self.lora_embedding_B
         if A is not None and B is not None and self.lora_enabled:
-            low = F.linear(F.embedding(tokens, A.T), B)
+            low = self.ops.lora_linear(F.embedding(tokens, A.T), B, None, None)
             rows = (rows + self.lora_scale * low).to(rows.dtype)
         if self.trained_rows is not None:
             rows = self.trained_rows.lookup(tokens, rows)

@@ -23,7 +23,7 @@ from sloth.kernels.fp8 import BaseCompute, refuse_dora
 from sloth.lora import adapter_disabled, attach_lora, has_adapter, is_lora_name
 from sloth.lora_config import LoraConfig
 from sloth.models.decoder import Decoder
-from sloth.models.inputs import check_labels, check_positions, check_tokens
+from sloth.models.inputs import check_labels, check_positions, check_tokens, checked_divisor
 from sloth.planning import Planner
 from sloth.text.tokenizer import Tokenizer
 from sloth.train.config import TrainConfig
@@ -134,7 +134,7 @@ class Model:
         """Token ids [B, T] -> logits [B, T, V] in the compute dtype.
 
         positions: [T] or [B, T]; where they restart at 0, a new packed document begins.
-        Raises ValueError for tokens that are no integer matrix, empty or, given on the host,
+        Raises ValueError for tokens that are no int32 or int64 matrix, empty or, given on the host,
         outside the vocabulary, and for positions of another length. So do the calls below.
         """
         return self.network(self._checked(tokens, positions), positions)
@@ -149,11 +149,11 @@ class Model:
         """Next-token cross-entropy, an fp32 scalar: summed over trained labels, over their number.
 
         tokens, labels: [B, T]; labels are shifted here, -100 is not trained. num_trained: divisor
-        in place of this batch's count, for steps of several micro-batches.
+        in place of this batch's count, for steps of several micro-batches; above 0.
         """
         tokens = self._checked(tokens, positions)
         check_labels(labels, tokens, self.config.vocab_size)
-        return self.network.loss(tokens, labels, positions, num_trained)
+        return self.network.loss(tokens, labels, positions, checked_divisor(num_trained))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Token ids [B, T] -> hidden states [B, T, D] after the final norm, in the compute dtype.

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 import sloth
 from sloth import errors
 from sloth.lora import projections
-from sloth.models.inputs import check_tokens
 from sloth.quant.linear4bit import Linear4bit
 from tests.oracles import WHOLE_BLOCKS, bnb_logits, hf_logits, save_bnb_folder, save_tiny_llama
 from tests.tolerance import FP32_CHAIN
@@ -239,42 +238,6 @@ def test_loaded_weights_do_not_map_the_file(copy):
     before = logits(model)
     (copy / "model.safetensors").write_bytes(b"\0" * (copy / "model.safetensors").stat().st_size)
     assert torch.equal(logits(model), before)
-
-
-WRONG_INPUTS = {
-    "a vector": (dict(tokens=TOKENS[0]), r"tokens.*\[20\]"),
-    "floats": (dict(tokens=TOKENS.float()), "tokens.*float32"),
-    "a list": (dict(tokens=TOKENS.tolist()), "tokens must be a tensor .* got a list"),
-    "labels of a list": (dict(labels=TOKENS.tolist()), "labels must be a tensor .* got a list"),
-    "no tokens": (dict(tokens=TOKENS[:, :0]), r"tokens.*\[1, 0\]"),
-    "no rows": (dict(tokens=TOKENS[:0]), r"tokens.*\[0, 20\]"),
-    "an id too large": (dict(tokens=TOKENS + 160), "tokens hold .* from 0 to 159"),
-    "an id below zero": (dict(tokens=TOKENS - 160), "tokens hold -"),
-    "fewer positions": (dict(positions=torch.arange(19)), r"positions.*\[19\]; expected \[20\]"),
-    "positions of more rows": (dict(positions=torch.zeros(2, 20).long()), r"positions.*\[2, 20\]"),
-    "fewer labels": (dict(labels=TOKENS[:, :-1]), "labels"),
-    "a label too large": (dict(labels=TOKENS + 160), "labels hold"),
-    "another label to ignore": (dict(labels=torch.full_like(TOKENS, -1)), "labels hold -1"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_INPUTS)
-def test_wrong_tokens_positions_and_labels_are_refused(folder, name):
-    model = sloth.load(folder, device="cpu")
-    wrong, words = WRONG_INPUTS[name]
-    given = dict(tokens=TOKENS) | wrong
-    calls = (model.loss, model.logprobs, *([model.logits, model.hidden] * ("labels" not in wrong)))
-    for call in calls:
-        labels = dict(labels=given["tokens"]) if call == model.loss else {}
-        with pytest.raises(ValueError, match=words):
-            call(**labels | given)
-
-
-def test_ids_on_another_device_are_not_waited_for(folder):
-    model = sloth.load(folder, device="cpu")
-    check_tokens(torch.full((1, 3), 10**6, device="meta"), model.config.vocab_size)
-    with pytest.raises(ValueError, match="tokens"):
-        check_tokens(torch.zeros(3, device="meta"), model.config.vocab_size)
 
 
 PEAK_SCRIPT = """

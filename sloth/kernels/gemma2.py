@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from sloth.kernels import halves
 from sloth.kernels.context import BlockContext
+from sloth.kernels.function import Function
 from sloth.kernels.layer import FusedLayer, Wiring, Workspace, prepare
 from sloth.kernels.normed import Normed, normed_input
 from sloth.kernels.ops.post_norm import post_norm_fwd
@@ -42,7 +43,7 @@ WIRING = Wiring(
 )
 
 
-class Gemma2BlockFunction(torch.autograd.Function):
+class Gemma2BlockFunction(Function):
     """One layer. Inputs after the context: A, B and magnitudes of every projection in stack order,
     each or None."""
 

@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from sloth.kernels import halves
 from sloth.kernels.context import BlockContext
+from sloth.kernels.function import Function
 from sloth.kernels.layer import FusedLayer, Wiring, Workspace, prepare
 from sloth.kernels.normed import Normed, normed_input
 from sloth.kernels.ops.add_rms_norm import add_rms_norm_fwd
@@ -50,7 +51,7 @@ from sloth.kernels.saved import Gradients, Saved
 WIRING = Wiring(norms=("input_layernorm", "post_attention_layernorm"))
 
 
-class LlamaBlockFunction(torch.autograd.Function):
+class LlamaBlockFunction(Function):
     """One layer. Inputs after the context: A, B and magnitudes of every projection in stack order,
     each or None."""
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.context import BlockContext, Keep
+from sloth.kernels.function import Function
 from sloth.kernels.layer import FusedLayer, Workspace
 
 # Passes of one shape in a row before it is recorded: the first ones compile kernels. Doubled each
@@ -203,7 +204,7 @@ class _Recording:
         return call
 
 
-class RecordedLayers(torch.autograd.Function):
+class RecordedLayers(Function):
     """Replays a recording. Inputs: hidden states, the recording, its trained matrices."""
 
     @staticmethod

@@ -30,6 +30,7 @@ from sloth.kernels.recording import Recorder
 from sloth.linear import Linear, OpModule, Projection
 from sloth.models.cache import KVCache
 from sloth.models.config import LayerSpec
+from sloth.models.own_dtype import in_own_dtype
 from sloth.models.rope import Rope
 
 RunBlock = Callable[[nn.Module, Tensor, BlockContext], Tensor]
@@ -159,6 +160,7 @@ class Decoder(OpModule):
         finally:
             self.run_block = before
 
+    @in_own_dtype
     def hidden_states(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
@@ -182,10 +184,12 @@ class Decoder(OpModule):
             hidden = self.run_block(block, hidden, context)
         return hidden
 
+    @in_own_dtype
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V]."""
         if self.lm_head is None:
-            logits = nn.functional.linear(hidden, self.model.embed_tokens.weight)
+            tied = self.model.embed_tokens.weight
+            logits = self.ops.lora_linear(hidden, tied, None, None)
         else:
             logits = self.lm_head(hidden)
         if self._trained_rows is not None:
@@ -200,6 +204,7 @@ class Decoder(OpModule):
         """Token ids [B, T] -> logits [B, T, V] in the compute dtype."""
         return self.head(self.hidden_states(tokens, positions, cache))
 
+    @in_own_dtype
     def loss(
         self,
         tokens: Tensor,
@@ -221,6 +226,7 @@ class Decoder(OpModule):
             self.head_chunk_bytes or CHUNK_BYTES,
         )
 
+    @in_own_dtype
     def logprobs(
         self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
@@ -238,7 +244,10 @@ class Decoder(OpModule):
 
     def _targets(self, labels: Tensor, positions: Tensor | None) -> Tensor:
         """What each of the B T positions predicts; -100 for nothing."""
-        targets = nn.functional.pad(labels.to(self.device)[:, 1:], (0, 1), value=IGNORE_INDEX)
+        labels = labels.to(self.device)
+        if labels.dtype == torch.int32:  # torch's own cross-entropy takes int64 alone
+            labels = labels.long()
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if positions is not None:
             starts = torch.as_tensor(positions, device=self.device).expand_as(labels) == 0
             targets[:, :-1].masked_fill_(starts[:, 1:], IGNORE_INDEX)
@@ -259,7 +268,7 @@ class Decoder(OpModule):
         if lora is None:
             return hidden, weight if rows is None else rows.merged(weight)
         dropped = nn.functional.dropout(hidden, lora.dropout, self.lm_head.training)
-        low = lora.scale * (dropped @ lora.A.to(hidden.dtype).T)
+        low = lora.scale * self.ops.lora_linear(dropped, lora.A.to(hidden.dtype), None, None)
         wide = torch.cat((weight, lora.B.to(weight.dtype)), -1)
         gains = row_gains(weight, lora, weight.dtype)
         if gains is not None:  # of the magnitudes autograd takes the gradient

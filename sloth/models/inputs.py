@@ -12,22 +12,26 @@ from torch import Tensor
 
 from sloth.constants import IGNORE_INDEX
 
+ID_DTYPES = (torch.int32, torch.int64)
+
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `tokens` are integers [B, T] with B, T > 0, in the vocabulary."""
+    """Raise ValueError unless `tokens` are int32 or int64 [B, T], B, T > 0, in the vocabulary."""
     _require_tensor("tokens", tokens)
-    is_whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-    if tokens.dim() != 2 or not is_whole or not tokens.numel():
+    if tokens.dim() != 2 or tokens.dtype not in ID_DTYPES or not tokens.numel():
         raise ValueError(
-            f"tokens must be integers of shape [batch, length], neither of them 0, got "
-            f"{tokens.dtype} {list(tokens.shape)}"
+            f"tokens must be int32 or int64 of shape [batch, length], neither of them 0, got "
+            f"{_name(tokens.dtype)} {list(tokens.shape)}"
         )
     _check_ids("tokens", tokens, vocab_size)
 
 
 def check_labels(labels: Tensor, tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `labels` [B, T] fit `tokens` and are token ids, or -100."""
+    """Raise ValueError unless `labels` [B, T] fit `tokens` and are token ids, or -100, as int32 or
+    int64."""
     _require_tensor("labels", labels)
+    if labels.dtype not in ID_DTYPES:
+        raise ValueError(f"labels must be int32 or int64, got {_name(labels.dtype)}")
     if labels.shape != tokens.shape:
         raise ValueError(
             f"labels have shape {list(labels.shape)}, not the {list(tokens.shape)} of tokens"
@@ -47,6 +51,27 @@ def check_positions(positions: Tensor | None, tokens: Tensor) -> None:
             f"positions have shape {shape}; expected [{length}] or {[batch, length]}, one for each "
             "of the tokens"
         )
+
+
+def checked_divisor(num_trained: int | Tensor | None) -> int | Tensor | None:
+    """`num_trained` as a loss divides by it: a tensor of one element without dimensions.
+
+    Raises ValueError for tensors of more and for numbers that are not above 0; a tensor's value is
+    not looked at, which would wait for its device.
+    """
+    if isinstance(num_trained, Tensor):
+        if num_trained.numel() != 1:
+            raise ValueError(
+                f"num_trained must be one number, got a tensor of shape {list(num_trained.shape)}"
+            )
+        return num_trained.reshape(())
+    if num_trained is not None and num_trained <= 0:
+        raise ValueError(f"num_trained must be above 0, got {num_trained}")
+    return num_trained
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _require_tensor(name: str, value: object) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.ops.rms_norm import (
     _rms_norm_fwd_torch,
     normalize_row,
@@ -175,7 +176,7 @@ def add_rms_norm_bwd(
     return rms_norm_bwd(dy, hidden, weight, rstd, offset, need_dweight, dhidden, out)
 
 
-class AddRMSNormFunction(torch.autograd.Function):
+class AddRMSNormFunction(Function):
     """Saves hidden, weight and rstd."""
 
     @staticmethod

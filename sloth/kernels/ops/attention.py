@@ -30,6 +30,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sloth.kernels.function import Function
 from sloth.kernels.ops.attention_backend import choose_backend
 from sloth.kernels.ops.attention_layout import AttentionLayout
 from sloth.kernels.ops.decode_attention import decode_attention
@@ -309,7 +310,7 @@ def attention_bwd(
     return dq, _summed(dk, kv_heads), _summed(dv, kv_heads)
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """Saves q, k, v, out and the back end's own (log-sum-exp, mostly)."""
 
     @staticmethod

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.rows import as_rows, compute_dtype, next_power_of_2, warps_for
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -265,7 +266,7 @@ def glu_bwd(
     return engine(dy, gate, up, activation, outs)
 
 
-class GLUFunction(torch.autograd.Function):
+class GLUFunction(Function):
     """Saves gate and up."""
 
     @staticmethod

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from sloth.constants import IGNORE_INDEX
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.rows import compute_dtype, sum_over_rows
 
 # Bytes of logits held at a time. The first is the least that is quick: a plan starts from it, a
@@ -242,7 +243,7 @@ def scaled_rows(x: Tensor, factors: Tensor, rows: Tensor, shape: torch.Size) -> 
     return result
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(Function):
     """Forms the gradient in forward; backward scales it, not in place, so it may run twice."""
 
     @staticmethod

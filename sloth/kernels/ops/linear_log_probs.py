@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sloth.constants import IGNORE_INDEX
+from sloth.kernels.function import Function
 from sloth.kernels.ops.linear_cross_entropy import (
     TrainedRows,
     cross_entropy_in_place,
@@ -52,7 +53,7 @@ def linear_log_probs_reference(
     return -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-class LinearLogProbsFunction(torch.autograd.Function):
+class LinearLogProbsFunction(Function):
     """Forms dh for dp = 1 in forward; backward scales rows, not in place, so it may run twice."""
 
     @staticmethod

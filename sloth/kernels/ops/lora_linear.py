@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sloth.kernels.function import Function
 from sloth.kernels.ops import dora, nf4_matvec
 from sloth.kernels.ops.dora import Magnitude
 from sloth.kernels.ops.nf4 import NF4Weight, nf4_dequantize
@@ -212,7 +213,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-class LoraLinearFunction(torch.autograd.Function):
+class LoraLinearFunction(Function):
     """Saves x and y where read, A, B, u, m, gains, mask and W as stored; NF4 codes ride on the
     context."""
 

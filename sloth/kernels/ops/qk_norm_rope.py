@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.ops.rms_norm import Norm, rms_norm_reference
 from sloth.kernels.ops.rope import rope_bwd, rope_fwd, rope_reference
 from sloth.kernels.rows import compute_dtype, next_power_of_2, warps_for
@@ -306,7 +307,7 @@ def qk_norm_rope_bwd(
     return outs
 
 
-class QKNormRopeFunction(torch.autograd.Function):
+class QKNormRopeFunction(Function):
     """Saves q and k."""
 
     @staticmethod

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.rows import as_rows, compute_dtype, next_power_of_2, warps_for
 
 # Programs (and partial rows) of a backward that needs dweight. A constant rather than the GPU's
@@ -316,7 +317,7 @@ def rms_norm_bwd(
     return engine(dy, x, weight, rstd, offset, need_dweight, dresidual, out)
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     """Saves x, weight and rstd."""
 
     @staticmethod

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth.kernels.engine import engine_for, jit, tl
+from sloth.kernels.function import Function
 from sloth.kernels.rows import compute_dtype, next_power_of_2
 
 # Elements of a half-head tile of q in a program: with head dim 128 that is 32 heads.
@@ -240,7 +241,7 @@ def rope_bwd(
     return _rope(dq, dk, cos, sin, -1.0, outs)
 
 
-class RopeFunction(torch.autograd.Function):
+class RopeFunction(Function):
     """Saves cos and sin."""
 
     @staticmethod

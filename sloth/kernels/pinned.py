@@ -1,10 +1,12 @@
 """Page-locked host memory in pieces that are used again.
 
 A copy runs beside the device's work only from memory that the system has locked, and locking costs
-0.3 s a GiB, so it is kept. Memory is taken in arenas of a few equal pieces. A batch of another
-length asks for pieces of another size: it takes slightly larger ones, or an arena none of whose
-pieces is in use is cut anew; one that is too small to be cut goes back to the system first. So what
-is held follows what the largest batch needs, however many lengths there were.
+0.3 s a GiB, so it is kept. Memory is taken in arenas of a few equal pieces, of one where a piece is
+large: layers that keep more than others have arenas of their own, and what these have to spare
+serves nobody else. A batch of another length asks for pieces of another size: it takes slightly
+larger ones, or an arena none of whose pieces is in use is cut anew; one that is too small to be cut
+goes back to the system first. So what is held follows what the largest batch needs, however many
+lengths there were.
 
 Arenas are registered with the driver at their exact size: torch's own pinned allocator rounds up to
 a power of two, which turns 92 GiB into 128.
@@ -20,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Pieces an arena holds at least, and its least size: small layers share one.
-_PIECES, _MIN_ARENA_BYTES = 4, 2**28
+# Pieces of an arena, fewer where that would make it larger than this, and its least size: small
+# layers share one.
+_PIECES, _MAX_SHARED_BYTES, _MIN_ARENA_BYTES = 4, 2**30, 2**28
 # How much larger than asked for a piece may be.
 _SLACK = 1.25
 
@@ -127,7 +130,8 @@ class PinnedPool:
         arena = self._with_free_piece(size) or self._cut_anew(size)
         if arena is None:
             self.clear()
-            arena = _Arena(*self._allocate(max(_PIECES * size, _MIN_ARENA_BYTES)))
+            count = min(max(_MAX_SHARED_BYTES // size, 1), _PIECES)
+            arena = _Arena(*self._allocate(max(count * size, _MIN_ARENA_BYTES)))
             self._arenas.append(arena)
             arena.cut(size)
         return arena.take()

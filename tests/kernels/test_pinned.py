@@ -147,3 +147,17 @@ def test_a_failed_lock_leaves_no_error_behind(monkeypatch):
             locked_memory(MIB)
     assert torch.ones(4, device="cuda").mul_(2).sum().item() == 8
     unlock()
+
+
+@pytest.mark.parametrize("unit", [100 * MIB, 600 * MIB, 2900 * MIB])
+def test_layers_of_several_kinds_leave_little_unused(unit):
+    locked: list[int] = []
+
+    def allocate(num_bytes: int) -> tuple[Tensor, object]:
+        locked.append(num_bytes)
+        return torch.empty(1, dtype=torch.uint8).expand(num_bytes), lambda: None
+
+    pool = PinnedPool(allocate)
+    sizes = [unit] * 27 + [2 * unit] * 5 + [4 * unit]
+    held = [pool.take(size) for size in sizes]
+    assert len(held) == len(sizes) and sum(locked) <= sum(sizes) + 3 * 1024 * MIB

@@ -20,7 +20,7 @@ from sloth.kernels.context import POLICIES, Keep
 from sloth.machine import free_host_gib, processes_here
 from sloth.models.decoder import Decoder
 from sloth.train.full_memory import full_plan
-from sloth.train.memory import Plan, device_budget_gib, make_plan, with_residents
+from sloth.train.memory import Plan, device_budget_gib, make_plan, require_rows, with_residents
 from sloth.train.network_sizes import NetworkSizes
 
 if TYPE_CHECKING:
@@ -189,8 +189,7 @@ def check_shape(batch: int, seq: int, memory_gib: float | None) -> None:
     for name, value in (("batch", batch), ("seq", seq)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{name} must be an integer, got {value!r}")
-    if batch < 1 or seq < 1:
-        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+    require_rows(batch, seq)
     if memory_gib is None:
         return
     is_number = isinstance(memory_gib, int | float) and not isinstance(memory_gib, bool)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sloth.model import Model
     from sloth.train.config import TrainConfig
 
-
 Quant = Literal["nf4"] | None
 
 

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sloth.constants import GIB
 from sloth.infer.decode import PAD_DOCUMENT, TEXT_DOCUMENT, start_decoding
 from sloth.kernels.dispatch import ops_of
 from sloth.kernels.ops.nf4_matvec import serves
 from sloth.lora import projections
-from sloth.machine import GIB, free_host_gib
+from sloth.machine import free_host_gib
 from sloth.models.cache import KVCache
 from sloth.models.decoder import Decoder
 from sloth.quant.linear4bit import Linear4bit

@@ -26,7 +26,7 @@ from sloth.machine import free_host_gib
 from sloth.models.decoder import Decoder
 from sloth.train.config import Optimizer, TrainConfig
 from sloth.train.masters import SIXTEEN_BITS
-from sloth.train.memory import FRAGMENTATION, Plan, device_budget_gib
+from sloth.train.memory import FRAGMENTATION, Plan, device_budget_gib, require_rows
 from sloth.train.network_sizes import NetworkSizes
 from sloth.train.optim import moment_bytes, trainable
 from sloth.train.step_memory import WORKSPACES, StepMemory
@@ -90,8 +90,7 @@ def full_plan(
     network: Decoder, batch: int, seq: int, budget_gib: float | None, optimizer: Optimizer = "adamw"
 ) -> Plan:
     """The predicted peak of a step outside the fused level, where nothing is to be chosen."""
-    if batch < 1 or seq < 1:
-        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+    require_rows(batch, seq)
     sizes = NetworkSizes.of(network)
     working = max(
         _backward_bytes(sizes, batch * seq),

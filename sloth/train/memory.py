@@ -120,6 +120,12 @@ class Plan:
         ]
 
 
+def require_rows(batch: int, seq: int) -> None:
+    """Raise ValueError for a batch of nothing."""
+    if batch < 1 or seq < 1:
+        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+
+
 def make_plan(
     sizes: NetworkSizes,
     batch: int,
@@ -131,8 +137,7 @@ def make_plan(
 
     host_gib: what may wait in host memory, None for no limit.
     """
-    if batch < 1 or seq < 1:
-        raise ValueError(f"a plan needs at least one row and one token, got {batch} x {seq}")
+    require_rows(batch, seq)
     memory = StepMemory(sizes, batch, seq, None if host_gib is None else host_gib * GIB)
     if budget_gib is None:
         keeps = [Keep()] * sizes.num_layers

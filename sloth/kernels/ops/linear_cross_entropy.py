@@ -37,7 +37,8 @@ from sloth.kernels.rows import compute_dtype, sum_over_rows
 # Bytes of logits held at a time. The first is the least that is quick: a plan starts from it, a
 # network without a plan takes it, and log-probabilities always do. The second is for direct calls
 # of `linear_cross_entropy` that name no size. Forward and backward of 8192 rows at V = 128256,
-# D = 4096 in bf16 take 29.7 ms with 128 MiB, 28.8 with 256, 27.4 with 512, 27.1 with 1 GiB (H100).
+# D = 4096 in bf16 took 29.7 ms with 128 MiB, 28.8 with 256, 27.4 with 512, 27.1 with 1 GiB (H100);
+# 26.3 with 512 since the softmax is quicker.
 CHUNK_BYTES, ROOMY_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
 # Rows of a chunk are a multiple of this where they are as many: whole tiles of the products.
 _WHOLE_ROWS = 256

@@ -38,8 +38,9 @@ from sloth.train.step_memory import FRAGMENTATION, StepMemory
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
 # Bytes/s to and from pinned memory, and the share of a copy's time that layers beside it lose.
 _HOST_RATE, _UNHIDDEN = 55e9, 0.08
-# What the host needs to launch a layer's two passes: 2 to 5.6 ms measured, by machine.
-_HOST_SECONDS = 5.5e-3
+# What the host needs to launch a layer's two passes: 2 to 5.6 ms measured, by machine. It is a
+# burden, if it hides behind the device's work, from this share of the device's time on.
+_HOST_SECONDS, _BURDEN = 5.5e-3, 0.3
 # What a recording reserves beyond its tensors (up to 0.09 seen): its memory is a pool of its own.
 _RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.
@@ -168,8 +169,9 @@ def make_plan(
     _, keeps, on_host = best
     if is_host_bound(memory):
         keeps = _recorded(memory, keeps, on_host, budget)
-    if sizes.quantized and not sizes.fp8:  # products in 8 bits read nothing unpacked
-        keeps = _fill_with_residents(memory, keeps, on_host, budget)
+    keeps = _fill_with_residents(memory, keeps, on_host, budget)
+    if is_host_bound(memory, _BURDEN):  # with memory that is left over
+        keeps = _recorded(memory, keeps, on_host, budget)
     return _finished(memory, keeps, on_host, budget_gib)
 
 
@@ -348,10 +350,10 @@ def extra_seconds(sizes: NetworkSizes, seq: int, keep: Keep) -> float:
     return replay + _UNHIDDEN * copies / _HOST_RATE
 
 
-def is_host_bound(memory: StepMemory) -> bool:
-    """Whether the device is done with a layer before the host has launched the next one."""
+def is_host_bound(memory: StepMemory, share: float = 1.0) -> bool:
+    """Whether the host needs at least this share of the device's time to launch a layer."""
     weights = sum(outputs * inputs for outputs, inputs in memory.sizes.stack_sizes)
-    return 4.0 * weights * memory.rows / _PRODUCT_RATE < _HOST_SECONDS
+    return share * 4.0 * weights * memory.rows / _PRODUCT_RATE < _HOST_SECONDS
 
 
 def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float) -> list[Keep]:
@@ -367,8 +369,10 @@ def _recorded(memory: StepMemory, keeps: list[Keep], on_host: bool, budget: floa
 def _fill_with_residents(
     memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float
 ) -> list[Keep]:
-    """As many layers kept unpacked as the rest of the budget holds."""
+    """As many layers kept unpacked as the rest of the budget holds, where that saves anything."""
     best = keeps
+    if not memory.sizes.quantized or memory.sizes.fp8:  # products in 8 bits read nothing unpacked
+        return keeps
     for count in range(1, len(keeps) + 1):
         trial = [replace(keep, resident=i < count) for i, keep in enumerate(keeps)]
         if memory.claimed(trial, on_host) > budget:

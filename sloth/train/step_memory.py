@@ -24,8 +24,10 @@ from sloth.train.network_sizes import NetworkSizes
 
 # What the vendor's products set aside: a workspace in the forward's thread and in the backward's.
 WORKSPACES = 2 * 32 * 2**20
-# Sizes of a chunk of logits that a head may work with, where they cost no memory.
+# Sizes of a chunk of logits that a head may work with, where they cost no memory, or, beside a
+# recording, this share of its tensors.
 _HEAD_CHUNKS = (2**30, 2**29, 2**28)
+_BESIDE_RECORDING = 1 / 32
 # Of what is handed out, what the allocator reserves beyond it: 2 to 4.9% measured (8B, 8 to 36 GiB,
 # H100 and H200); and of the largest tensor, which free memory in pieces cannot hold, once where it
 # comes once a layer, and more often where tiles of the MLP leave holes between what is kept (1.6
@@ -256,10 +258,13 @@ class StepMemory:
         return peak + max(holes - FRAGMENTATION * peak, 0)
 
     def head_chunk(self, keeps: Sequence[Keep]) -> int:
-        """Bytes of logits the head may hold while the peak stays that of a layer."""
+        """Bytes of logits the head may hold while the peak stays that of a layer; a recording's
+        memory is not the head's to use."""
+        room: float = sum(self._worst_of_layers(keeps))
         if keeps[0].recorded:
-            return CHUNK_BYTES
-        room = sum(self._worst_moment(keeps)) - sum(self._head_moment(keeps, 0))
+            room *= _BESIDE_RECORDING
+        else:
+            room -= sum(self._head_moment(keeps, 0))
         return next((chunk for chunk in _HEAD_CHUNKS if chunk <= room), CHUNK_BYTES)
 
     def host_share(self, keeps: Sequence[Keep]) -> int:
@@ -270,6 +275,13 @@ class StepMemory:
 
     def _worst_moment(self, keeps: Sequence[Keep]) -> tuple[int, int]:
         """(kept, working) bytes where their sum is largest."""
+        kept, working = self._worst_of_layers(keeps)
+        if keeps[0].recorded:
+            return kept, working + self._beside_recording(self.head_chunk(keeps))
+        return max((kept, working), self._head_moment(keeps, CHUNK_BYTES), key=sum)
+
+    def _worst_of_layers(self, keeps: Sequence[Keep]) -> tuple[int, int]:
+        """The same, while a layer is at work."""
         s = self.sizes
         x, leaving = self.rows * s.hidden * s.element, self._leaving(keeps)
         kept, worst = 0, (0, 0)
@@ -279,9 +291,7 @@ class StepMemory:
             moments = [(kept, forward + x + leaving), (kept + own, backward)]
             worst = max(worst, *moments, key=sum)
             kept += own
-        if keeps[0].recorded:
-            return worst[0], worst[1] + self._beside_recording()
-        return max(worst, self._head_moment(keeps, CHUNK_BYTES), key=sum)
+        return worst
 
     def _head_moment(self, keeps: Sequence[Keep], chunk_bytes: int) -> tuple[int, int]:
         kept = sum(count * self.kept_bytes(keep) for keep, count in _runs(keeps))
@@ -292,12 +302,12 @@ class StepMemory:
         away = [self.movable_width(keep) for keep, _ in _runs(keeps) if keep.offload]
         return _LEAVING * self.rows * max(away, default=0) * self.sizes.element
 
-    def _beside_recording(self) -> int:
+    def _beside_recording(self, chunk_bytes: int) -> int:
         """A recording keeps its memory: the head works beside it, gradients leave as copies, input
         and output and its gradient are buffers of their own, as are the libraries' workspaces."""
         s = self.sizes
         copies = 4 * s.trainable + 3 * self.rows * s.hidden * s.element
-        return self.head_bytes() + copies + WORKSPACES
+        return self.head_bytes(chunk_bytes) + copies + WORKSPACES
 
     def _numbers(self, keep: Keep) -> tuple[int, int, int]:
         if keep not in self._known:  # a plan asks some thousand times for a dozen of them

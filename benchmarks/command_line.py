@@ -17,6 +17,7 @@ from tools.shapes import SHAPES
 PEERS = {
     "hf": ("benchmarks.peers.hf_peft_step", "plain"),
     "hf-checkpoint": ("benchmarks.peers.hf_peft_step", "checkpoint"),
+    "hf-prepared": ("benchmarks.peers.hf_peft_step", "prepared"),
     "liger": ("benchmarks.peers.hf_liger_step", "plain"),
     "liger-checkpoint": ("benchmarks.peers.hf_liger_step", "checkpoint"),
     "unsloth": ("benchmarks.peers.unsloth_step", "default"),

@@ -220,6 +220,8 @@ def _peak_gib() -> tuple[float, float]:
 
 def _host_ms(step: Callable[[Batch], Tensor], batch: Batch) -> float:
     """The host's median ms to launch one step and its optimizer; `batch` keeps the device idle."""
+    for _ in range(WARM_UP_STEPS):  # kernels for another shape, and a recording of it
+        step(batch)
     times_ms = []
     for _ in range(HOST_STEPS):
         if DEVICE.type == "cuda":

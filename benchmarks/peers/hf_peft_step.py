@@ -1,7 +1,9 @@
 """The same step in Hugging Face transformers + PEFT, with bitsandbytes for NF4.
 
---variant checkpoint turns gradient checkpointing on, which is what most people run. Packed rows go
-in with positions that restart and no attention mask; transformers then builds the block-diagonal
+--variant checkpoint turns gradient checkpointing on; prepared has PEFT prepare the model, as its
+guide to quantized bases says to: checkpointing, and all that is not in 4 bits in fp32
+(https://huggingface.co/docs/peft/developer_guides/quantization). Packed rows go in with positions
+that restart and no attention mask; transformers then builds the block-diagonal
 mask itself (its padding-free form without flash-attn). Attention is torch's own where transformers
 allows it for the model, else eager (Gemma 2, for its softcap), and then the row says so.
 """
@@ -12,14 +14,14 @@ import argparse
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import ALPHA, DEVICE, TARGETS, Clock, arguments, measure
 from benchmarks.data import Batch
 
-VARIANTS = ("plain", "checkpoint")
+VARIANTS = ("plain", "checkpoint", "prepared")
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -33,6 +35,10 @@ def run(name: str, args: argparse.Namespace) -> None:
         device_map={"": DEVICE.index or 0} if DEVICE.type == "cuda" else "cpu",
         attn_implementation=attention,
     )
+    if args.variant == "prepared":
+        if args.dtype != "nf4":
+            raise SystemExit("PEFT prepares quantized bases; this one is in bf16")
+        model = prepare_model_for_kbit_training(model)
     if args.variant == "checkpoint":
         # Without re-entrance the frozen embedding's output needs no gradient of its own.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -91,6 +91,20 @@ def median_rows(rows: Iterable[Row], keys: Sequence[str], figure: str) -> list[R
     return chosen
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Training rows by case, the small ones of a model first: sloth's by the memory they may take,
+    then its other settings, then the peers'."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+
+    def place(row: Row) -> tuple[Any, ...]:
+        kind, _, cap = row["who"].partition("@")
+        contender = not kind.startswith("sloth"), kind, -float(cap or "inf")
+        shape = row["packed"], row["batch"] * row["length"], row["length"], row["rank"]
+        return models.index(row["model"]), row["dtype"] == "bf16", *shape, *contender
+
+    return sorted(rows, key=place)
+
+
 def merge(parts: Sequence[Results]) -> Results:
     """Several runs on one kind of GPU as one; raises DifferentGPUs otherwise."""
     names = {part["gpu"] for part in parts}
@@ -103,6 +117,7 @@ def merge(parts: Sequence[Results]) -> Results:
     for kind, (keys, figure) in KINDS.items():
         rows = [row for part in parts for row in part.get(kind, [])]
         merged[kind] = median_rows(rows, keys, figure)
+    merged["train"] = in_order(merged["train"])
     return merged
 
 

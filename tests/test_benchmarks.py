@@ -246,6 +246,16 @@ def test_merging_joins_rows_runs_and_rounds() -> None:
     assert len(joined["runs"]) == 2
 
 
+def test_joined_rows_stand_in_the_order_they_are_read_in() -> None:
+    others = ["unsloth", "sloth-fp8", "sloth@8.05", "hf-checkpoint", "sloth@24", "sloth"]
+    large = [train_row(who) | {"length": 4096} for who in others]
+    joined = merge([results(*large), results(train_row("sloth-dora"))])["train"]
+    assert joined[0]["who"] == "sloth-dora"
+    assert [row["who"] for row in joined[1:]] == [
+        *("sloth", "sloth@24", "sloth@8.05", "sloth-fp8", "hf-checkpoint", "unsloth")
+    ]
+
+
 def test_different_gpus_are_not_merged() -> None:
     with pytest.raises(DifferentGPUs, match="H200"):
         merge([results(), results(gpu="NVIDIA H200")])

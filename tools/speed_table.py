@@ -4,7 +4,8 @@
     python -m tools.speed_table --write    # put them into README.md, between their markers
 
 The first has the rows of Llama-3.1-8B with LoRA r=16 in `benchmarks/results/h100.json`: every
-setting of sloth, with Unsloth's on the same tokens beside it. The second has the other models.
+setting of sloth, with Unsloth's and Hugging Face's on the same tokens beside it. The second has the
+other models.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BEGIN_OTHERS = "<!-- other models: python -m tools.speed_table --write -->"
 END_OTHERS = "<!-- end of other models -->"
 COMMAND = "python -m tools.speed_table --write"
 MODEL, RANK = "llama-3.1-8b", 16
-PEERS = ("unsloth", "unsloth-best")
+PEERS = ("unsloth", "unsloth-best", "hf-checkpoint")
 
 Row = dict[str, Any]
 
@@ -49,14 +50,15 @@ def _setting(who: str, dtype: str) -> str:
 
 
 def table() -> str:
-    """Markdown: tokens a second of sloth and of Unsloth, and GiB handed out at most; reserved ones
-    where launches are recorded, whose tensors lie in memory that is never handed out."""
+    """Markdown: tokens a second of sloth and of its peers, and GiB handed out at most; reserved
+    ones where launches are recorded, whose tensors lie in memory that is never handed out."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     rows = [r for r in results["train"] if (r["model"], r["rank"]) == (MODEL, RANK)]
     rows = [row for row in rows if "failed" not in row]
     lines = [
-        "| tokens | | sloth | GiB | Unsloth's default | GiB | without checkpointing | GiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| tokens | | sloth | GiB | Unsloth's default | GiB | without checkpointing | GiB "
+        "| Hugging Face | GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in dict.fromkeys(map(_case, rows)):
         same = [row for row in rows if _case(row) == case]

@@ -6,10 +6,10 @@ once and then replayed, each pass by one call (`Plan.recorded` says where that p
 
 What a replay reads and writes stays where it was when recorded: the input, the tables, what is
 kept for the backward, the gradients. So a recording serves one forward at a time. A second one
-before the first one's backward runs unrecorded, as does whatever is not the recorded shape;
-gradients leave as copies of their own. While an adapter is switched otherwise than when it was
-recorded, as for the reference passes of a preference loss, a recording waits. It ends when the
-shape changes or anything it read is replaced. Making one stops the device, so whatever ends them
+before the first one's backward runs unrecorded, and gradients leave as copies of their own. While
+an adapter is switched otherwise than when it was recorded, as for the reference passes of a
+preference loss, a recording waits. It ends, and gives its memory back, when a step of another shape
+or kind comes, or anything it read is replaced. Making one stops the device, so whatever ends them
 again and again, shapes that take turns or matrices frozen in turn, makes them ever more rare.
 
 Source: CUDA graphs, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/.
@@ -123,7 +123,7 @@ class Recorder:
         if not torch.is_grad_enabled():
             return self._run(hidden, contexts)
         if not all(_repeats(context) for context in contexts):
-            self.forget()
+            self.forget()  # a step that runs needs the memory, as its plan has it
             return self._run(hidden, contexts)
         # Of kernels, those that repeat bit for bit may be asked for from now on, or no longer.
         exact = torch.are_deterministic_algorithms_enabled()

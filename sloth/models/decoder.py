@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,10 +174,8 @@ class Decoder(OpModule):
         tokens = tokens.to(self.model.embed_tokens.weight.device)
         hidden = self.model.embed_tokens(tokens).to(self.device)
         contexts = self.contexts(hidden, positions, cache)
-        # A replay reads tables of its own, and is one of the twins.
-        fused = self.run_block is not run_plain
-        recorded = fused and positions is None and contexts[0].keep.recorded
-        run = self.recorder if recorded else self._run_layers
+        fused = self.run_block is not run_plain  # what is recorded are the twins
+        run = self.recorder if fused else self._run_layers
         return self.model.norm(run(hidden, contexts))
 
     def _run_layers(self, hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
@@ -290,6 +289,7 @@ class Decoder(OpModule):
         past = cache.length if cache else 0
         windows = {spec.window for spec in self.specs}
         layouts = {window: AttentionLayout(window=window) for window in windows}
+        are_standard = positions is None
         if positions is None:
             positions = torch.arange(past, past + length, device=hidden.device)[None]
         else:
@@ -320,6 +320,8 @@ class Decoder(OpModule):
             if spec.query_scale
         }
         keeps = self.planner(batch, length) if self.planner and not cache else None
+        if keeps and keeps[0].recorded and not are_standard:  # a replay reads tables of its own
+            keeps = [replace(keep, recorded=False) for keep in keeps]
         contexts = []
         for index, spec in enumerate(self.specs):
             cos, sin = tables[spec.rope] if spec.rope else (None, None)

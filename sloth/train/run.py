@@ -102,13 +102,13 @@ def planned_within(
 ) -> Iterator[None]:
     """Inside, plans keep to this budget, if there is one. Raises BudgetTooSmall where it does not
     hold one for this shape, KernelUnavailable below the fused level, which plans nothing.
+
+    What layers prepared for the steps, recordings and unpacked matrices, is given back at the end.
     """
-    if memory_gib is None:
-        yield
-        return
     before = model.planner.memory_gib
     try:
-        model.plan(batch=batch, seq=seq, memory_gib=memory_gib)
+        if memory_gib is not None:
+            model.plan(batch=batch, seq=seq, memory_gib=memory_gib)
         yield
     finally:
         model.planner.memory_gib = before

@@ -141,6 +141,22 @@ def test_another_shape_ends_a_recording(folder):
     assert RunPasses.made == 2
 
 
+@pytest.mark.parametrize("kind", ["launched", "packed"])
+def test_a_step_that_is_not_recorded_has_the_memory_of_a_recording(folder, kind):
+    model = load(folder)
+    network = model.network
+    network.planner = lambda batch, seq: [Keep(recorded=batch == len(TOKENS))] * len(network.specs)
+    warm_up(model)
+    with torch.no_grad():  # keeps nothing, and needs none of it
+        model.loss(TOKENS[:1], TOKENS[:1])
+    assert network.recorder._recording is not None
+    if kind == "packed":
+        gradients(model, TOKENS, torch.cat([torch.arange(15), torch.arange(25)]))
+    else:
+        gradients(model, TOKENS[:1])
+    assert network.recorder._recording is None
+
+
 def test_kernels_that_repeat_bit_for_bit_are_recorded_anew(folder):
     model = load(folder)
     warm_up(model)

@@ -92,6 +92,20 @@ def test_step_gradients_do_not_depend_on_the_split(folder, quant):
         torch.testing.assert_close(other, gradients[0], **tolerance.ACCUMULATION)
 
 
+@pytest.mark.parametrize("memory_gib", [None, 1.0])
+def test_a_run_gives_back_what_layers_prepared_for_its_steps(folder, tmp_path, memory_gib):
+    model = load(folder, quant="nf4").add_lora(r=4)
+    rows, held = [{"text": "a" * 60}] * 4, []
+
+    class Seen(Callback):
+        def step(self, record):
+            held.append(model.network.workspace.num_bytes)
+
+    settings = {"max_steps": 1, "memory_gib": memory_gib, "output": tmp_path / "run"}
+    Trainer(model, rows, callbacks=[Seen()], **settings).run()
+    assert held[0] > 0 and model.network.workspace.num_bytes == 0
+
+
 # GiB that hold a step of four rows of 512 tokens on this model if little of it is kept, and that
 # do not hold a row.
 TIGHT, TOO_SMALL = 0.09, 0.01

@@ -7,7 +7,6 @@ memory; loading fills it from the files (`sloth.assemble`).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from sloth.errors import CheckpointMismatch, UnknownModel, UnsupportedConfig
 from sloth.formats.checkpoint import stored_names
 from sloth.formats.gguf import GGUFFile
+from sloth.formats.json_file import read_mapping
 from sloth.formats.wrapper import WRAPPERS, text_config, text_name
 from sloth.linear import ProjectionFactory, dense_projection
 from sloth.models import ARCHITECTURES, as_auto_config
@@ -103,13 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UnknownModel(f"{path} holds no config.json; expected a Hugging Face model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedConfig(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UnsupportedConfig(f"{file} holds a {type(config).__name__}, expected an object")
-    return as_auto_config(config)
+    return as_auto_config(read_mapping(file, UnsupportedConfig))
 
 
 def is_wrapper(hf_config: dict[str, Any]) -> bool:

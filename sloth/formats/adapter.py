@@ -21,6 +21,7 @@ from torch import Tensor
 from sloth.errors import AdapterMismatch, CheckpointMismatch, one_line
 from sloth.formats.adapter_wrapper import text_adapter, whole_patterns, whole_targets
 from sloth.formats.checkpoint import read_header, safe_open, set_mode_by_umask
+from sloth.formats.json_file import read_mapping
 from sloth.formats.wrapper import is_left_out, text_name, whole_name
 from sloth.lora import BASE_LAYER, EMBEDDING, HEAD, is_lora_name
 from sloth.lora_config import LoraConfig
@@ -136,12 +137,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise AdapterMismatch(f"{folder} holds no {CONFIG_NAME}; expected a PEFT adapter folder")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise AdapterMismatch(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise AdapterMismatch(f"{file} holds no object")
+    settings = read_mapping(file, AdapterMismatch)
     config, tensors = text_adapter(_lora_config(settings, file), _read_tensors(folder))
     if settings.get("ensure_weight_tying"):
         config = _with_tied_head(config, tensors)

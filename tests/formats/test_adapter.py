@@ -108,3 +108,9 @@ def test_folders_that_hold_no_adapter_are_named(tmp_path):
     (tmp_path / CONFIG_NAME).write_text("{")
     with pytest.raises(AdapterMismatch, match="JSON"):
         read_adapter(tmp_path)
+
+
+def test_a_config_nested_too_deeply_is_refused_by_name(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(AdapterMismatch, match="adapter_config.json is not valid JSON"):
+        read_adapter(tmp_path)

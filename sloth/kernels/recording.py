@@ -1,8 +1,9 @@
-"""All fused layers as two CUDA graphs, forward and backward, for batches too small for the host.
+"""All fused layers as two CUDA graphs, forward and backward, so that the host makes two calls.
 
-A layer is about forty launches each way, 2 to 4 ms of the host's time. Where the device is done
-sooner, it waits for them. So the layers of a batch shape that comes again and again are recorded
-once and then replayed, each pass by one call (`Plan.recorded` says where that pays).
+A layer is about forty launches each way, 2 to 5.6 ms of the host's time. Where the device is done
+sooner, it waits for them; else the host could do something better. So the layers of a batch shape
+that comes again and again are recorded once and then replayed, each pass by one call. The planner
+says where (`Keep.recorded`).
 
 What a replay reads and writes stays where it was when recorded: the input, the tables, what is
 kept for the backward, the gradients. So a recording serves one forward at a time. A second one
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sloth.kernels.context import BlockContext, Keep
+from sloth.kernels.context import BlockContext
 from sloth.kernels.function import Function
 from sloth.kernels.layer import FusedLayer, Workspace
 
@@ -114,15 +115,18 @@ class Recorder:
         self._recording: _Recording | None = None
 
     def forget(self) -> None:
-        """Give the recording's memory back."""
-        self._given_way += self._recording is not None
+        """Give the recording's memory back, once no backward waits for it."""
+        was_recorded = self._recording is not None
+        self._given_way += was_recorded
         self._shape, self._tries, self._recording = None, 0, None
+        if was_recorded and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the pool of a graph is of no use to other launches
 
     def __call__(self, hidden: Tensor, contexts: Sequence[BlockContext]) -> Tensor:
         """Hidden states [B, T, D] -> after every layer; differentiable like the layers."""
         if not torch.is_grad_enabled():
             return self._run(hidden, contexts)
-        if not all(_repeats(context) for context in contexts):
+        if not all(context.keep.recorded for context in contexts):
             self.forget()  # a step that runs needs the memory, as its plan has it
             return self._run(hidden, contexts)
         # Of kernels, those that repeat bit for bit may be asked for from now on, or no longer.
@@ -222,16 +226,11 @@ class RecordedLayers(Function):
                 "backward a second time through recorded layers, whose kept tensors are gone; "
                 "run the forward again"
             )
-        ctx.call = None
-        grads: list[Tensor | None] = [*ctx.recording.passes.backward(d_hidden)]
+        recording = ctx.recording
+        ctx.call = ctx.recording = None  # a loss that is kept must not keep a recording
+        grads: list[Tensor | None] = [*recording.passes.backward(d_hidden)]
         d_input = grads.pop(0) if ctx.needs_input_grad[0] else None
         return d_input, None, *grads
-
-
-def _repeats(context: BlockContext) -> bool:
-    """Whether a pass with this context is the same launches every time."""
-    keep: Keep = context.keep
-    return keep.recorded and context.cache is None and context.layout.query_documents is None
 
 
 def _recordable(layers: list[FusedLayer]) -> bool:

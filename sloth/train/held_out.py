@@ -7,8 +7,11 @@ evaluation and not the run. A signal to stop ends it between two passes: the run
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +24,8 @@ from sloth.train.objectives import Objective
 from sloth.train.ranks import Ranks
 from sloth.train.records import EvalRecord, Progress
 from sloth.train.signals import StopRequest
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ class HeldOut:
         """
         model, config = self.objective.model, self.config
         try:
-            return sample_answers(
-                model.network,
-                model.tokenizer,
-                config.sample_prompts,
-                config.sample_tokens,
-                lambda: stop.received is not None,
+            return self._with_room(
+                lambda: sample_answers(
+                    model.network,
+                    model.tokenizer,
+                    config.sample_prompts,
+                    config.sample_tokens,
+                    lambda: stop.received is not None,
+                )
             )
         except torch.OutOfMemoryError as error:
             why = f"memory ran out while generating them ({str(error).split('. ')[0]})"
@@ -89,6 +96,14 @@ class HeldOut:
             why = f"{type(error).__name__}: {error}"
         log.notice(f"WARNING: samples are left out, {why}")
         return []
+
+    def _with_room(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives. Where memory runs out, it is done again in the memory that layers
+        prepared steps in, such as a recording of theirs."""
+        with suppress(torch.OutOfMemoryError):
+            return work()
+        self.objective.model.network.release()
+        return work()
 
     def _sums(self, accumulator: Accumulator, stop: StopRequest) -> list[float]:
         """1 where a held-out row alone does not fit (it may be longer than those trained on), else
@@ -103,16 +118,20 @@ class HeldOut:
         # Shared before they become passes: a rank that halves its own must not move the others'.
         own = self.ranks.share(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)))
         own_lengths = [lengths[row] for row in own]
+
+        def pass_over(batches: list[list[int]]) -> list[float]:
+            return summed(
+                takewhile(lambda _: stop.received is None, batches),
+                lambda rows: objective.measure(self.batch_of(data, rows), sizes),
+                objective.model.network,
+            )
+
         while True:
             rows = accumulator.eval_rows_per_pass
             places = eval_batches(own_lengths, rows, rows * self.longest)
             batches = [[own[place] for place in one] for one in places]
             try:
-                sums = summed(
-                    takewhile(lambda _: stop.received is None, batches),
-                    lambda rows: objective.measure(self.batch_of(data, rows), sizes),
-                    objective.model.network,
-                )
+                sums = self._with_room(partial(pass_over, batches))
                 return [0.0, float(stop.received is not None), *(sums or nothing)]
             except torch.OutOfMemoryError as error:
                 why = str(error).split(". ")[0]

@@ -8,7 +8,8 @@ planner predicts the peak of a step, tensor by tensor (`StepMemory`), and choose
     the MLP       how many rows at a time, where all of them at once would not fit
     what is kept  on the device, or (but for gate and up) waiting in host memory
     embedding     on the device or, where it is not the head too, in host memory
-    recording     whether the layers are replayed as CUDA graphs, where the host would be late
+    recording     whether the layers are replayed as CUDA graphs: where the host would be late, or
+                  has much to do and memory is left over
     NF4 layers    how many stay unpacked, with memory that is left over
     the head      how many logits at a time, as long as a layer's peak is above its
 
@@ -38,10 +39,10 @@ from sloth.train.step_memory import FRAGMENTATION, StepMemory
 _PRODUCT_RATE, _ATTENTION_RATE = 700e12, 450e12
 # Bytes/s to and from pinned memory, and the share of a copy's time that layers beside it lose.
 _HOST_RATE, _UNHIDDEN = 55e9, 0.08
-# What the host needs to launch a layer's two passes: 2 to 5.6 ms measured, by machine. It is a
-# burden, if it hides behind the device's work, from this share of the device's time on.
+# What the host needs to launch a layer's two passes: 2 to 5.6 ms measured, by machine. With memory
+# to spare layers are recorded where that is at least this share of the device's time.
 _HOST_SECONDS, _BURDEN = 5.5e-3, 0.3
-# What a recording reserves beyond its tensors (up to 0.09 seen): its memory is a pool of its own.
+# What a recording reserves beyond its tensors (up to 0.093 seen): its memory is a pool of its own.
 _RECORDING_SLACK = 0.1
 # A token's row looked up by the CPU and sent.
 HOST_EMBEDDING_SECONDS = 0.5e-6
@@ -371,6 +372,8 @@ def _fill_with_residents(
 ) -> list[Keep]:
     """As many layers kept unpacked as the rest of the budget holds, where that saves anything."""
     best = keeps
+    if keeps[0].recorded:
+        budget /= 1 + _RECORDING_SLACK
     if not memory.sizes.quantized or memory.sizes.fp8:  # products in 8 bits read nothing unpacked
         return keeps
     for count in range(1, len(keeps) + 1):

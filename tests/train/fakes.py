@@ -141,6 +141,10 @@ class FakeNetwork(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.lm_head = nn.Linear(size, vocab_size, bias=False)
         self.as_stored = nullcontext
+        self.num_released = 0
+
+    def release(self) -> None:
+        self.num_released += 1
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(tokens)

@@ -143,9 +143,22 @@ def test_evaluation_that_does_not_fit_goes_on_in_smaller_passes(tmp_path):
     settings = {**SETTINGS, "eval_data": ROWS[:5], "max_steps": 1}
     _, roomy = train(tmp_path / "roomy", **settings)
     model, report = train(tmp_path / "small", model=Small(2, from_call=2), **settings)
-    assert model.num_failures == 1 and set(model.sizes[2:]) <= {1, 2}
+    assert model.num_failures == 2 and set(model.sizes[2:]) <= {1, 2}
     assert report.losses == roomy.losses
     torch.testing.assert_close(report.eval_losses, roomy.eval_losses, **tolerance.FP32_SAME_MATHS)
+
+
+def test_evaluation_takes_the_memory_that_steps_were_prepared_in_before_it_shrinks(tmp_path):
+    settings = {**SETTINGS, "eval_data": ROWS[:5], "max_steps": 1}
+
+    class Crowded(Small):
+        def loss(self, *rest, **more):
+            self.rows = 4 if self.network.num_released else 2
+            return super().loss(*rest, **more)
+
+    model, report = train(tmp_path / "run", model=Crowded(2, from_call=2), **settings)
+    assert model.network.num_released == 1 and model.num_failures == 1
+    assert max(model.sizes[2:]) == 4 and report.eval_losses
 
 
 @pytest.mark.parametrize("max_tokens", [9, 20, 1000])

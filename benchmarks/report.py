@@ -144,7 +144,8 @@ def render(results: Results) -> str:
             f"{APPROXIMATE_SHARE:.1%}) and gradient norms within {GRADIENT_RATIO} times. MFU: (4 N "
             "+ 3.5 attention) operations over the measured product rate, in bf16; the head counts "
             "for trained tokens. Peak: what was handed out at once; where launches are recorded, "
-            "tensors lie in memory that is only reserved, and that column is the one to compare.\n"
+            "tensors lie in memory that is only reserved, and that column is the one to compare. "
+            "Of several runs of one program the median stands here, of two the quicker.\n"
         )
         parts += [_render_case(rows) for rows in grouped(results["train"], case_of).values()]
     if results.get("startup"):

@@ -8,6 +8,7 @@ what is free. A folder with config.json alone stands for random 4-bit weights ma
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def main() -> None:
     plan = getattr(model, "plan", None)
     if plan is not None and model.level == "fused":
         chosen = plan(batch=args.batch, seq=args.length, memory_gib=args.memory_gib)
+        if args.packed:  # never recorded: documents differ from batch to batch
+            keeps = tuple(replace(keep, recorded=False) for keep in chosen.keeps)
+            chosen = replace(chosen, keeps=keeps)
         # The host is timed on fewer tokens, and launches what it launches here.
         model.network.planner = lambda batch, seq: chosen.keeps
         model.network.head_chunk_bytes = getattr(chosen, "head_chunk_bytes", None)

@@ -33,10 +33,12 @@ def test_what_the_device_hides_is_recorded_with_memory_left_over_alone() -> None
 
 
 def test_layers_that_stay_unpacked_leave_a_recording_its_slack() -> None:
-    for budget in (14.0, 16.0, 20.0, 24.0, 28.0):
-        plan = make_plan(SIZES_8B, 2, 2048, budget)
-        if plan.keeps[0].recorded:
-            assert plan.predicted_gib * (1 + _RECORDING_SLACK) <= budget
+    plans = [make_plan(SIZES_8B, 2, 2048, budget) for budget in (20.0, 24.0, 28.0, 32.0)]
+    recorded = [plan for plan in plans if plan.keeps[0].recorded]
+    assert any(0 < sum(keep.resident for keep in plan.keeps) < 32 for plan in recorded)
+    for plan in recorded:
+        assert plan.budget_gib is not None
+        assert plan.predicted_gib * (1 + _RECORDING_SLACK) <= plan.budget_gib
 
 
 def test_a_recording_is_only_planned_where_its_memory_fits() -> None:

@@ -3,9 +3,9 @@
 --variant checkpoint turns gradient checkpointing on; prepared has PEFT prepare the model, as its
 guide to quantized bases says to: checkpointing, and all that is not in 4 bits in fp32
 (https://huggingface.co/docs/peft/developer_guides/quantization). Packed rows go in with positions
-that restart and no attention mask; transformers then builds the block-diagonal
-mask itself (its padding-free form without flash-attn). Attention is torch's own where transformers
-allows it for the model, else eager (Gemma 2, for its softcap), and then the row says so.
+that restart and no attention mask; transformers then builds the block-diagonal mask itself (its
+padding-free form without flash-attn). Attention is torch's own where transformers allows it for the
+model, else eager (Gemma 2, for its softcap), and then the row says so.
 """
 
 from __future__ import annotations

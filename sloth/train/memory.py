@@ -371,11 +371,11 @@ def _fill_with_residents(
     memory: StepMemory, keeps: list[Keep], on_host: bool, budget: float
 ) -> list[Keep]:
     """As many layers kept unpacked as the rest of the budget holds, where that saves anything."""
-    best = keeps
-    if keeps[0].recorded:
-        budget /= 1 + _RECORDING_SLACK
     if not memory.sizes.quantized or memory.sizes.fp8:  # products in 8 bits read nothing unpacked
         return keeps
+    if keeps[0].recorded:
+        budget /= 1 + _RECORDING_SLACK
+    best = keeps
     for count in range(1, len(keeps) + 1):
         trial = [replace(keep, resident=i < count) for i, keep in enumerate(keeps)]
         if memory.claimed(trial, on_host) > budget:
